@@ -1,0 +1,41 @@
+# Two commands a new user needs: `make demo` and `make test`. Both install what they need once, then skip it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two cores are enough for everything here; more threads only slow small tensors down.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-all check format clean
+
+demo: $(VENV)/installed
+	$(BIN)/spikeformers train digits
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tests/lengths.py
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,7 @@
+"""Spiking vision transformers for PyTorch."""
+
+from spikeformers.layers.version import __version__
+from spikeformers.neurons import set_steps, streaming
+from spikeformers.zoo import create_model, from_pretrained, list_models
+
+__all__ = ["__version__", "create_model", "from_pretrained", "list_models", "set_steps", "streaming"]

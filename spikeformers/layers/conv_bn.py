@@ -1,0 +1,58 @@
+"""Convolution followed by batch norm: the linear half of every spiking layer, mergeable into one convolution."""
+
+from collections import OrderedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def bn_affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift."""
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    return scale, bn.bias - bn.running_mean * scale
+
+
+def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d) -> nn.Conv2d:
+    """A new convolution with bias that equals `conv` followed by `norms` in eval mode."""
+    weight = conv.weight.detach()
+    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+    for norm in norms:
+        scale, shift = (part.detach() for part in bn_affine(norm))
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+    return conv2d_from(weight, bias, like=conv)
+
+
+def conv2d_from(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> nn.Conv2d:
+    """nn.Conv2d holding `weight` [O, I/groups, kh, kw] and `bias` [O], with stride, padding and groups of `like`."""
+    groups = like.groups
+    conv = nn.utils.skip_init(
+        nn.Conv2d,
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2:],
+        stride=like.stride,
+        padding=like.padding,
+        groups=groups,
+        bias=bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    conv.weight.data.copy_(weight)
+    if bias is not None:
+        conv.bias.data.copy_(bias)
+    return conv
+
+
+class ConvBN(nn.Sequential):
+    """Conv2d (square kernel, padded to keep the size at stride 1) and BatchNorm2d: [TB, C, H, W] -> [TB, O, H', W']."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False
+    ) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
+
+    def merge(self) -> nn.Conv2d:
+        """The one convolution that equals this layer in eval mode."""
+        return merge_conv_bn(self.conv, self.bn)

@@ -1,0 +1,49 @@
+"""Shortcuts: where the neuron sits around a residual branch F, and so what the residual stream carries.
+
+Paper: Meta-SpikeFormer, Sec. 3.3 and Fig. 4. MS: Hu et al., 2024. SEW: Fang et al., 2021. VS: Zheng et al., 2021.
+A shortcut owns its neuron; a branch maps spikes to currents, so that any mixer can stand inside any shortcut.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spikeformers.neurons import NeuronBuilder
+
+Branch = Callable[[Tensor], Tensor]
+
+
+class MembraneShortcut(nn.Module):
+    """MS: U' = U + F(SN(U)). The stream is a membrane potential; the identity for F = 0."""
+
+    carries_spikes: ClassVar[bool] = False
+
+    def __init__(self, *, neuron: NeuronBuilder) -> None:
+        super().__init__()
+        self.neuron = neuron()
+
+    def forward(self, u: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+        return u + branch(self.neuron(u))
+
+
+class SpikeElementWiseShortcut(MembraneShortcut):
+    """SEW: S' = S + SN(F(S)). The stream is integer spikes that grow with depth; the identity for F = 0."""
+
+    carries_spikes: ClassVar[bool] = True
+
+    def forward(self, s: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+        return s + self.neuron(branch(s))
+
+
+class VanillaShortcut(MembraneShortcut):
+    """VS: S' = SN(F(S) + S). The stream is binary spikes; no identity for F = 0, since the neuron is not one."""
+
+    carries_spikes: ClassVar[bool] = True
+
+    def forward(self, s: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+        return self.neuron(branch(s) + s)
+
+
+SHORTCUTS = {"ms": MembraneShortcut, "sew": SpikeElementWiseShortcut, "vs": VanillaShortcut}

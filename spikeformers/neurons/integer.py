@@ -1,0 +1,158 @@
+"""Integer neurons: train with counts 0..D at one step, infer with binary spikes over D virtual steps.
+
+I-LIF    counts n = clip(round(x), 0, D), as they are.           Luo et al., ECCV 2024
+NI-LIF   n / D, rounding half to even, window inclusive.         Spike2Former, Eqs. 16-18 (D = 4)
+IE-LIF   clip(gain * x, 0, D) rounded half up, window exclusive. QSD-Transformer, Eqs. 9-10 (D = 4, gain 4)
+Departures from the papers: as in the released code there is no membrane between time steps unless `decay` is given
+(decay = beta of Spike2Former Eq. 18, tau of QSD Eq. 9); then U[t] = decay * (U[t-1] - n[t-1]) + x[t], soft reset.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+
+from spikeformers.neurons.neuron import Neuron
+
+
+class _HalfEven(Function):
+    """round(clip(x, 0, D)); gradient 1 where 0 <= x <= D. The window is one byte an element, nothing else is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        # Clamp first: beyond D the rounding would otherwise see values that the window has already excluded.
+        return x.clamp(0, levels).round(), (x >= 0) & (x <= levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (window,) = ctx.saved_tensors
+        return grad * window, None
+
+
+class _HalfUp(Function):
+    """floor(clip(x, 0, D) + 1/2); gradient 1 where 0 < x < D."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        return (x.clamp(0, levels) + 0.5).floor(), (x > 0) & (x < levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (window,) = ctx.saved_tensors
+        return grad * window, None
+
+
+def i_lif(current: Float[Tensor, " TB *shape"], *, levels: int) -> Float[Tensor, " TB *shape"]:
+    """Integer spikes n = clip(round(current), 0, D), D = `levels`, half to even.
+
+    Gradient: 1 where 0 <= current <= D, else 0.  Raises ValueError if levels < 1.
+    Source: Luo et al., "Integer-Valued Training and Spike-Driven Inference SNN", ECCV 2024.
+    """
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    return _HalfEven.apply(current, levels)[0]
+
+
+def ni_lif(current: Float[Tensor, " TB *shape"], *, levels: int) -> Float[Tensor, " TB *shape"]:
+    """Normalised integer spikes n/D with n = clip(round(current), 0, D), D = `levels`, half to even.
+
+    Gradient: 1/D where 0 <= current <= D, else 0.  Raises ValueError if levels < 1.
+    Source: Spike2Former, Eqs. 16-18.
+    """
+    return i_lif(current, levels=levels) / levels
+
+
+def ie_lif(
+    current: Float[Tensor, " TB *shape"], *, levels: int, gain: float = 4.0, unit: float = 0.25
+) -> Float[Tensor, " TB *shape"]:
+    """Spikes unit * n with n = floor(clip(gain * current, 0, D) + 1/2), D = `levels`, half up.
+
+    Gradient: gain * unit where 0 < gain * current < D, else 0.  Raises ValueError if levels < 1.
+    Source: QSD-Transformer, Eqs. 9-10; gain and unit as in its released code (unit 1/2 after attention).
+    """
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, got {levels}")
+    return _HalfUp.apply(gain * current, levels)[0] * unit
+
+
+class _IntegerNeuron(Neuron):
+    """Membrane bookkeeping of the integer family: without `decay` each step stands alone."""
+
+    def __init__(self, *, steps: int, levels: int, unit: float, threshold: float | Tensor, decay: float | None) -> None:
+        if decay is not None and not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1] or be None, got {decay}")
+        super().__init__(steps=steps, levels=levels, unit=unit, threshold=threshold, carries=decay is not None)
+        self.decay = decay
+
+    def charge(self, current: Tensor, membrane: Tensor | None) -> Tensor:
+        """U[t] = x[t] + H[t-1] in units of one count."""
+        u = current if isinstance(self.threshold, float) and self.threshold == 1.0 else current / self.threshold
+        return u if membrane is None else u + membrane
+
+    def spike(self, h: Tensor) -> Tensor:
+        return i_lif(h, levels=self.levels)
+
+    def reset(self, h: Tensor, spikes: Tensor) -> Tensor:
+        """H[t] = decay * (U[t] - n[t])."""
+        return self.decay * (h - spikes / self.unit)
+
+
+class ILIF(_IntegerNeuron):
+    """Counts 0..`levels` of current / threshold, un-normalised; see `i_lif`."""
+
+    def __init__(
+        self, *, steps: int = 1, levels: int = 4, threshold: float | Tensor = 1.0, decay: float | None = None
+    ) -> None:
+        super().__init__(steps=steps, levels=levels, unit=1.0, threshold=threshold, decay=decay)
+
+
+class NILIF(_IntegerNeuron):
+    """Counts divided by `levels`; see `ni_lif`."""
+
+    def __init__(
+        self, *, steps: int = 1, levels: int = 4, threshold: float | Tensor = 1.0, decay: float | None = None
+    ) -> None:
+        super().__init__(steps=steps, levels=levels, unit=1.0 / levels, threshold=threshold, decay=decay)
+
+    def spike(self, h: Tensor) -> Tensor:
+        return ni_lif(h, levels=self.levels)
+
+
+class IELIF(_IntegerNeuron):
+    """Half-up counts of gain * current / threshold, each worth `unit`; see `ie_lif`.
+
+    `gain` None means D, `unit` None means 1/D, so that the output again lies in 0..1.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 1,
+        levels: int = 4,
+        threshold: float | Tensor = 1.0,
+        gain: float | None = None,
+        unit: float | None = None,
+        decay: float | None = None,
+    ) -> None:
+        unit = 1.0 / levels if unit is None else unit
+        super().__init__(steps=steps, levels=levels, unit=unit, threshold=threshold, decay=decay)
+        self.gain = float(levels) if gain is None else gain
+
+    def charge(self, current: Tensor, membrane: Tensor | None) -> Tensor:
+        return super().charge(self.gain * current, membrane)
+
+    def spike(self, h: Tensor) -> Tensor:
+        return _HalfUp.apply(h, self.levels)[0] * self.unit

@@ -1,0 +1,69 @@
+"""What every spiking neuron shares: its steps, its levels, and the value of one spike."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spikeformers.neurons.steps import Temporal
+
+
+class Neuron(Temporal):
+    """Turns currents [T*B, ...] into spikes of the same shape: counts 0..`levels`, each worth `unit`.
+
+    Subclasses write the three equations of a neuron: `charge`, `spike` and, where the membrane lives on from step to
+    step (`carries=True`), `reset`.
+    """
+
+    def __init__(self, *, steps: int, levels: int, unit: float, threshold: float | Tensor, carries: bool) -> None:
+        super().__init__(steps=steps)
+        if levels < 1:
+            raise ValueError(f"levels must be at least 1, got {levels}")
+        if not isinstance(threshold, Tensor) and threshold <= 0:
+            raise ValueError(f"threshold must be positive, got {threshold}")
+        self.levels = levels
+        self.unit = unit
+        self.threshold = threshold  # a Parameter registers itself: a learnable threshold (SDSA-4)
+        self.carries = carries
+
+    def charge(self, current: Tensor, membrane: Tensor | None) -> Tensor:
+        """h[t] from the input x[t] and the membrane v[t-1] left by the step before (None at rest)."""
+        raise TypeError(f"{type(self).__name__} must define charge()")
+
+    def spike(self, h: Tensor) -> Tensor:
+        """Spikes s[t] = unit * counts of the charged membrane h[t]."""
+        raise TypeError(f"{type(self).__name__} must define spike()")
+
+    def reset(self, h: Tensor, spikes: Tensor) -> Tensor:
+        """v[t], what the spikes leave of h[t]."""
+        raise TypeError(f"{type(self).__name__} must define reset()")
+
+    def forward(self, current: Tensor) -> Tensor:
+        """currents [T*B, ...] -> spikes [T*B, ...] in the dtype of the input; membranes in float32 or wider."""
+        dtype = current.dtype
+        slices = current if dtype in (torch.float32, torch.float64) else current.float()
+        if not self.carries:
+            return self.spike(self.charge(slices, None)).to(dtype)
+        slices = self.unfold(slices)
+        membrane = None if self.stream is None else self.stream.read(self.stream_name, slices[0])
+        fired = []
+        for t in range(self.steps):
+            h = self.charge(slices[t], membrane)
+            fired.append(self.spike(h))
+            if t < self.steps - 1 or self.stream is not None:
+                membrane = self.reset(h, fired[t])
+        if self.stream is not None:
+            self.stream.write(self.stream_name, membrane)
+        return (fired[0] if self.steps == 1 else torch.cat(fired)).to(dtype)
+
+    def counts(self, spikes: Tensor) -> Tensor:
+        """Spikes as this neuron emits them -> integer counts 0..levels (uint8), same shape."""
+        return (spikes / self.unit).round().to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        threshold = "learnable" if isinstance(self.threshold, Tensor) else f"{self.threshold:g}"
+        return f"steps={self.steps}, levels={self.levels}, unit={self.unit:g}, threshold={threshold}"
+
+
+NeuronBuilder = Callable[..., Neuron]
+"""Called as `neuron()` or `neuron(threshold=0.5)`: what blocks take to build one neuron for each use."""

@@ -1,0 +1,1 @@
+"""Reading weights: the authors' checkpoints and other runs."""

@@ -1,0 +1,98 @@
+"""THE catalogue: every model by name, and the functions that build, list and load them."""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from spikeformers.backbones import meta_spikeformer
+from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
+from spikeformers.neurons import set_steps
+from spikeformers.weights.load import load_strict
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the catalogue: the config a name stands for, and where it comes from."""
+
+    config: Any  # a frozen dataclass with build()
+    stem: str
+    paper: str
+
+
+META_SPIKEFORMER = "Spike-driven Transformer V2: Meta Spiking Neural Network Architecture (ICLR 2024)"
+
+CATALOGUE: dict[str, Entry] = {
+    name: Entry(config, "meta_spikeformer", META_SPIKEFORMER) for name, config in meta_spikeformer.SIZES.items()
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names in the catalogue that match the shell `pattern`, sorted."""
+    return sorted(fnmatch.filter(CATALOGUE, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Build the model `name` with random weights; `overrides` replace fields of its config.
+
+    Example: create_model("meta_spikeformer_15m", num_classes=10, neuron="i_lif", levels=4).
+    Raises ValueError for an unknown name or field (the closest ones are listed) or a value the model refuses.
+    """
+    if name not in CATALOGUE:
+        close = difflib.get_close_matches(name, CATALOGUE, n=3) or list_models()
+        raise ValueError(f"unknown model {name!r}; closest: {', '.join(close)}")
+    config = CATALOGUE[name].config
+    known = {field.name: field for field in dataclasses.fields(config)}
+    for field in overrides:
+        if field not in known:
+            close = difflib.get_close_matches(field, known, n=3) or list(known)
+            raise ValueError(f"{name} has no option {field!r}; closest: {', '.join(close)}")
+    # JSON and command lines bring lists where configs hold tuples.
+    values = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
+    model = dataclasses.replace(config, **values).build()
+    model.origin = Origin(name, values)
+    return model
+
+
+def from_pretrained(source: str | Path) -> nn.Module:
+    """The model that `save_pretrained` wrote to the folder `source`, in eval mode, or one of that form on the hub.
+
+    `source` is a folder, or a Hugging Face repository id such as "user/model" (downloaded; no code of it is run).
+    Raises ValueError if it is no such folder or its weights do not fit what config.json says.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} is not a saved model: it needs {CONFIG} and {WEIGHTS}") from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{source} is damaged: {error}") from error
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT!r}")
+    model = create_model(config["name"], **config["overrides"])
+    load_strict(model, weights)
+    set_steps(model, config["steps"])
+    return model.eval()
+
+
+def _download(repository: str) -> Path:
+    """Local folder of the hub repository `repository`."""
+    if repository.count("/") != 1 or repository.startswith((".", "/")):
+        raise ValueError(f"no such folder: {repository} (a hub repository would be named user/model)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"no such folder, and the hub gave no model {repository!r}: {error}") from error

@@ -1,0 +1,20 @@
+"""Pictures for training and testing: sources, splits, augmentation, and the order of samples."""
+
+from spikeformers.data.augment import Augment, seeded
+from spikeformers.data.decode import UnreadablePictureError
+from spikeformers.data.images import SOURCES, ImageData, ImageSplit, load_split, mixup, read_image, spec_transform
+from spikeformers.data.sampler import ResumableSampler
+
+__all__ = [
+    "SOURCES",
+    "Augment",
+    "ImageData",
+    "ImageSplit",
+    "ResumableSampler",
+    "UnreadablePictureError",
+    "load_split",
+    "mixup",
+    "read_image",
+    "seeded",
+    "spec_transform",
+]

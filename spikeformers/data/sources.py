@@ -1,0 +1,202 @@
+"""Where pictures come from: a listing of one split's files, encoded bytes or decoded pixels, with labels and classes.
+
+Folder layouts: ROOT/train/CLASS/*.jpg beside ROOT/test or ROOT/val; or ROOT/CLASS/*.jpg, which is split 80 : 20 by a
+fixed permutation of each class, the same for every seed.  Parquet: Hugging Face's layout, see `parquet`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+HELD_OUT = 0.2  # of each class, where a folder has no split of its own
+FOLDERS = {"imagefolder": ("test", "val", "valid", "validation"), "imagenet": ("val", "validation")}
+PARQUET_TESTS = ("test", "valid", "val")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One split, not yet decoded: `sources[i]` is a path, encoded bytes, or uint8 pixels [H,W] or [H,W,3]."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray  # int64 [N]
+    sources: Sequence[Path | bytes | np.ndarray]
+    names: Sequence[str]  # of file or row, for messages
+
+    def chosen(self, indices: np.ndarray) -> "Listing":
+        """The same listing with only these samples."""
+        kept = indices.tolist()
+        return Listing(
+            self.classes, self.labels[indices], [self.sources[i] for i in kept], [self.names[i] for i in kept]
+        )
+
+
+def balanced_prefix(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Indices, ascending, of `limit` samples taken class by class in turn; all of them where `limit` is 0."""
+    if not 0 < limit < len(labels):
+        return np.arange(len(labels))
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.arange(len(labels)) - starts
+    return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
+
+
+def folder(root: str, split: str, *, source: str, limit: int) -> Listing:
+    """A split of an image folder; a limit takes from every class in turn.
+
+    Raises ValueError if the root or its split is missing, or a class folder holds no picture.
+    """
+    top = _existing(root, source)
+    tests = FOLDERS[source]
+    test = next((top / name for name in tests if (top / name).is_dir()), None)
+    train = top / "train"
+    if not train.is_dir() and test is None:
+        if source == "imagenet":
+            raise ValueError(f"{top} has no train/ and val/ folders: data.root must be the folder that holds them")
+        return _held_out(_scan(top, _class_folders(top)), split, limit)
+    if not train.is_dir() or (test is None and split == "test"):
+        missing = " or ".join(f"{name}/" for name in (tests if train.is_dir() else ("train",)))
+        raise ValueError(f"{top} has no {missing} folder: add it, or put the class folders directly in the root")
+    classes = _class_folders(train)
+    here = train if split == "train" else test
+    if unknown := sorted(set(_class_folders(here)) - set(classes)):
+        raise ValueError(f"class folder {here / unknown[0]} has no counterpart in {train}: add or remove it")
+    found = _scan(here, classes)
+    return found.chosen(balanced_prefix(found.labels, limit))
+
+
+def _existing(root: str, source: str) -> Path:
+    if not root:
+        raise ValueError(f"data.source={source} needs data.root: the folder of the data")
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise ValueError(f"data.root: no folder {top}")
+    return top
+
+
+def _class_folders(top: Path) -> tuple[str, ...]:
+    try:
+        found = [name for name in find_classes(top)[0] if not name.startswith(".")]
+    except FileNotFoundError:
+        found = []
+    if not found:
+        raise ValueError(f"{top} has no class folders: expected {top}/CLASS/*.jpg")
+    return tuple(found)
+
+
+def _scan(top: Path, classes: tuple[str, ...]) -> Listing:
+    ranks = {name: rank for rank, name in enumerate(classes)}
+
+    def is_picture(path: str) -> bool:  # "._x.jpg" are another system's notes about x.jpg
+        return path.lower().endswith(IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+
+    samples = make_dataset(top, ranks, is_valid_file=is_picture, allow_empty=True)
+    filled = {rank for _, rank in samples}
+    for name, rank in ranks.items():
+        if rank not in filled and (top / name).is_dir():
+            kinds = " ".join(IMG_EXTENSIONS)
+            raise ValueError(f"class folder {top / name} holds no image ({kinds}): add some or remove the folder")
+    paths = [Path(path) for path, _ in samples]
+    return Listing(classes, np.array([rank for _, rank in samples], dtype=np.int64), paths, [str(p) for p in paths])
+
+
+def _held_out(found: Listing, split: str, limit: int) -> Listing:
+    tested = np.zeros(len(found.labels), dtype=bool)
+    for rank in range(len(found.classes)):
+        members = np.flatnonzero(found.labels == rank)
+        count = max(round(HELD_OUT * len(members)), 1) if len(members) > 1 else 0
+        tested[np.random.RandomState(0).permutation(members)[:count]] = True
+    found = found.chosen(np.flatnonzero(tested if split == "test" else ~tested))
+    return found.chosen(balanced_prefix(found.labels, limit))
+
+
+def cifar(root: str, split: str, *, source: str, limit: int) -> Listing:
+    """torchvision's CIFAR-10 or CIFAR-100 as already downloaded to `root`; a limit takes the first pictures."""
+    kind = CIFAR10 if source == "cifar10" else CIFAR100
+    try:
+        data = kind(_existing(root, source), train=split == "train", download=False)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{root} does not hold {kind.base_folder}, unpacked and whole: "
+            f"torchvision.datasets.{kind.__name__}({root!r}, download=True) fetches it"
+        ) from error
+    count = limit or len(data.targets)
+    pixels, labels = data.data[:count], np.array(data.targets[:count], dtype=np.int64)
+    return Listing(tuple(data.classes), labels, pixels, [f"{source} {split} {i}" for i in range(len(labels))])
+
+
+def parquet(root: str, split: str, *, limit: int) -> Listing:
+    """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*; also in ROOT/data).
+
+    Columns: image {bytes, path}, label.  `limit` takes the first rows and reads no row group behind them.  Encoded
+    pictures stay in memory.
+    Raises ValueError for missing files, columns or labels.
+    """
+    top = _existing(root, "parquet")
+    files = _parquet_files(top, ("train",) if split == "train" else PARQUET_TESTS)
+    groups: list[pa.Table] = []
+    for file in files:
+        with _opened(file) as reader:
+            names = _class_names(reader.schema_arrow, file)
+            for group in range(reader.num_row_groups):
+                if not limit or sum(table.num_rows for table in groups) < limit:
+                    groups.append(reader.read_row_group(group, columns=["image", "label"]))
+    table = pa.concat_tables(groups).slice(0, limit or None)
+    if not table.num_rows:
+        raise ValueError(f"{files[0]} holds no rows")
+    return _listing(table, names or _numbered_classes(top), files[0])
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(file) as reader:
+            yield reader
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no readable parquet file: {error}".replace("\n", " ")) from error
+
+
+def _parquet_files(top: Path, prefixes: tuple[str, ...]) -> list[Path]:
+    for prefix in prefixes:
+        for place in (top, top / "data"):
+            if files := sorted(place.glob(f"{prefix}*.parquet")):
+                return files
+    present = ", ".join(sorted(p.name for p in top.glob("*.parquet"))) or "no parquet file"
+    wanted = " or ".join(f"{prefix}*.parquet" for prefix in prefixes)
+    raise ValueError(f"no {wanted} in {top}, which holds {present}")
+
+
+def _class_names(schema: pa.Schema, file: Path) -> tuple[str, ...]:
+    """Names from Hugging Face's metadata; () where it has none."""
+    image = schema.field("image").type if "image" in schema.names else None
+    if "label" not in schema.names or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise ValueError(f"{file} must have columns image {{bytes, path}} and label, has {', '.join(schema.names)}")
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    label = described.get("info", {}).get("features", {}).get("label", {})
+    return tuple(label.get("names") or ())
+
+
+def _numbered_classes(top: Path) -> tuple[str, ...]:
+    """ "0", "1", ... up to the largest label of the whole training split, so that every split and prefix agree."""
+    largest = 0
+    for file in _parquet_files(top, ("train", *PARQUET_TESTS)):
+        with _opened(file) as reader:
+            largest = max(largest, pc.max(reader.read(columns=["label"]).column("label")).as_py() or 0)
+    return tuple(map(str, range(largest + 1)))
+
+
+def _listing(table: pa.Table, classes: tuple[str, ...], file: Path) -> Listing:
+    labels = table.column("label").fill_null(-1).to_numpy().astype(np.int64)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        worst = labels.min() if labels.min() < 0 else labels.max()
+        raise ValueError(f"{file} has label {worst}, outside its {len(classes)} classes: is this split unlabelled?")
+    images = [image or {} for image in table.column("image").to_pylist()]
+    names = [f"row {row} of {file} ({image.get('path') or 'no name'})" for row, image in enumerate(images)]
+    return Listing(classes, labels, [image.get("bytes") or b"" for image in images], names)

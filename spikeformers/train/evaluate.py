@@ -1,0 +1,145 @@
+"""What a trained network is worth: accuracy, loss, confusion, firing, energy, and what the integer engine shares."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from spikeformers import energy
+from spikeformers.deploy import integer
+from spikeformers.neurons import Neuron
+from spikeformers.train.recipe import Recipe
+
+_BATCH = 64  # of a split that comes without a loader
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over a split: `accuracy` 0..1, mean cross-entropy `loss`, `confusion[true][predicted]`, `predictions`."""
+
+    accuracy: float
+    loss: float
+    confusion: list[list[int]]
+    predictions: list[int]
+
+
+def batches_of(split: Dataset, *, batch_size: int, images: int = 0, workers: int = 0) -> DataLoader:
+    """Batches of `split` in order; of `images` evenly spaced samples only, if that is above 0."""
+    chosen = split if len(spaced(len(split), images)) == len(split) else Subset(split, spaced(len(split), images))
+    return DataLoader(chosen, batch_size=batch_size, num_workers=workers)
+
+
+def spaced(length: int, images: int) -> list[int]:
+    """Indices of `images` evenly spaced samples (a prefix would favour some classes of a folder); 0: of all."""
+    count = min(images or length, length)
+    return [i * length // count for i in range(count)]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accelerator | None = None) -> Evaluation:
+    """Test `model` on batches (images [B,C,H,W], labels [B]), or on a split, in its own precision, without autocast.
+
+    With an `accelerator` and a loader that it prepared, every process tests its share and gets the whole result.
+    Leaves the model in the mode it was in. Raises ValueError for images or logits that are not finite.
+    """
+    if isinstance(loader, Dataset):
+        loader = batches_of(loader, batch_size=_BATCH)
+    first = next(model.parameters())
+    mode = model.training
+    model.eval()
+    matrix, losses, predictions = None, [], []
+    for number, (images, labels) in enumerate(loader):
+        images, labels = images.to(first.device, first.dtype), labels.to(first.device)
+        logits = model(images)
+        if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
+            raise ValueError(f"test batch {number} gives values that are not finite; check its images and the weights")
+        if accelerator is not None:
+            logits, labels = accelerator.gather_for_metrics((logits, labels))
+        if matrix is None:
+            # Gathered above: torchmetrics must not sum over the processes once more.
+            matrix = MulticlassConfusionMatrix(logits.shape[1], sync_on_compute=False).to(first.device)
+        guesses = logits.argmax(1)
+        matrix.update(guesses, labels)
+        losses.append(F.cross_entropy(logits.double(), labels, reduction="none"))
+        predictions.append(guesses)
+    model.train(mode)
+    if matrix is None:
+        raise ValueError("there is nothing to test on: the test split is empty")
+    confusion = matrix.compute()
+    return Evaluation(
+        accuracy=float(confusion.diag().sum() / confusion.sum()),
+        loss=float(torch.cat(losses).mean()),
+        confusion=confusion.tolist(),
+        predictions=torch.cat(predictions).tolist(),
+    )
+
+
+@torch.no_grad()
+def firing_rates(model: nn.Module, images: Tensor) -> tuple[dict[str, float], float]:
+    """Counts over levels, 0..1, for images [B,C,H,W]: the mean of each neuron by name, and of all elements together."""
+    first = next(model.parameters())
+    mode = model.training
+    model.eval()
+    with energy.record(model) as counts:
+        model(images.to(first.device, first.dtype))
+    model.train(mode)
+    levels = {name: module.levels for name, module in model.named_modules() if isinstance(module, Neuron)}
+    rates = {name: float(value.double().mean()) / levels[name] for name, value in counts.items()}
+    elements = {name: value.numel() for name, value in counts.items()}
+    return rates, sum(rates[name] * elements[name] for name in rates) / sum(elements.values())
+
+
+@torch.no_grad()
+def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: list[int] | None = None) -> dict:
+    """Energy, firing and integer part of a summary, for a network in float32 on the CPU and a test split.
+
+    `predictions` are those of `evaluate` over the whole split, if they are known already.
+    """
+    model.eval()
+    loader = batches_of(split, batch_size=recipe.batch_size, images=recipe.testing.energy_images)
+    report = energy.measure(model, loader)
+    rates, _ = firing_rates(model, next(iter(loader))[0])
+    return {
+        "firing_rate": report.firing_rate,
+        "spikes_per_image": report.spikes_per_image,
+        "energy_mj": report.total_mj,
+        "energy_mj_sd": report.sd_mj,
+        "ann_energy_mj": report.ann_mj,
+        "energy_convention": report.convention,
+        "energy_by_stage": report.stages(),
+        "layers": rates,
+        "integer_agreement": integer_agreement(
+            model,
+            split,
+            batch_size=recipe.batch_size,
+            images=recipe.testing.integer_images,
+            predictions=predictions,
+        ),
+    }
+
+
+@torch.no_grad()
+def integer_agreement(
+    model: nn.Module, split: Dataset, *, batch_size: int, images: int = 0, predictions: list[int] | None = None
+) -> dict:
+    """Test the integer engine against the network: {"same", "total", "different": [indices in the split]}.
+
+    On `images` evenly spaced samples of `split` (0: all); `predictions` are the network's over the whole split.
+    """
+    indices = spaced(len(split), images)
+    loader = batches_of(split, batch_size=batch_size, images=images)
+    engine, different, seen = None, [], 0
+    for batch, _ in loader:
+        if engine is None:
+            engine = integer(model, batch)
+        here = indices[seen : seen + len(batch)]
+        guesses = engine(batch).argmax(1).tolist()
+        own = [predictions[i] for i in here] if predictions else model(batch).argmax(1).tolist()
+        different += [i for i, guess, mine in zip(here, guesses, own, strict=True) if guess != mine]
+        seen += len(batch)
+    return {"same": seen - len(different), "total": seen, "different": different}

@@ -1,0 +1,341 @@
+"""The training loop: a recipe and a run folder in, a tested and saved network out, from any point of interruption.
+
+All randomness is a function of the seed and of a position: the data's of (seed, epoch, sample), everything else's of
+(seed, number of the batch over all processes). So nothing random needs saving, and resuming is exact.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from spikeformers.data.augment import seed_of
+from spikeformers.data.images import load_split
+from spikeformers.data.sampler import ResumableSampler
+from spikeformers.train import checkpoint
+from spikeformers.train.evaluate import Evaluation, batches_of, evaluate, firing_rates
+from spikeformers.train.logs import Logs
+from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
+from spikeformers.train.parallel import sync_bn
+from spikeformers.train.progress import Display
+from spikeformers.train.recipe import Recipe, differences, from_json, to_json
+from spikeformers.train.summary import Summary, finish, read_summary
+from spikeformers.train.tasks import build_task
+from spikeformers.weights import load_backbone
+from spikeformers.zoo import create_model
+
+_LOG_EVERY = 10  # optimiser steps
+_FIRING_IMAGES = 32  # of the test split, for the firing rate after each epoch
+_FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.")  # on resuming: none of these touches the weights
+
+
+def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None) -> Summary:
+    """Train, test and save a network as `recipe` says, into the folder `run`; its files are listed in the README.
+
+    `resume` goes on from the newest checkpoint in `run`, within an epoch too, to the same result as without the
+    interruption; a finished run is only read. Works alone and under `accelerate launch` or `torchrun`.
+    Raises ValueError for a recipe, data or weights that cannot work, for a loss or inputs that are not finite (the last
+    good checkpoint stays), and if `run` holds another run; OSError if the disk is full.
+    """
+    run = Path(run)
+    accelerator = Accelerator()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    _check_folder(recipe, run, resume=resume)
+    if resume and (run / "summary.json").is_file():
+        return read_summary(run)
+    console = console if accelerator.is_main_process else None
+    work = _Work(recipe, run, accelerator)
+    if resume and (folder := checkpoint.newest(work.checkpoints)):
+        work.restore(folder)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(run / "recipe.json", to_json(recipe))
+        checkpoint.sweep(work.checkpoints)
+    done = work.epoch * work.steps_per_epoch + work.step
+    logs = Logs(run, size=work.log_bytes, step=done) if accelerator.is_main_process else None
+    with (
+        logs or contextlib.nullcontext(),
+        Display(console, steps=recipe.epochs * work.steps_per_epoch, done=done) as show,
+    ):
+        for line in work.notes:
+            show.line(line)
+        while work.epoch < recipe.epochs:
+            work.train_epoch(show, logs)
+            work.close_epoch(show, logs)
+    return work.finish()
+
+
+def build_model(recipe: Recipe, *, num_classes: int, in_channels: int) -> nn.Module:
+    """The untrained network of a recipe, its weights drawn from the recipe's seed."""
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    if recipe.distill.teacher:
+        sizes["distillation"] = True
+    _reseed(recipe.seed, "model")
+    return create_model(recipe.model.name, **(recipe.model.overrides() | sizes))
+
+
+def _check_folder(recipe: Recipe, run: Path, *, resume: bool) -> None:
+    used = checkpoint.newest(run / "checkpoints") is not None or (run / "summary.json").is_file()
+    if used and not resume:
+        raise ValueError(f"{run} already holds a run; continue it with --resume or choose another folder with --out")
+    if not used:
+        return
+    stored = from_json(checkpoint.read_json(run / "recipe.json"))
+    changed = [each for each in differences(stored, recipe) if not each.startswith(_FREE_TO_CHANGE)]
+    if changed:
+        raise ValueError(f"{run} was started with another recipe, so it cannot be resumed: {'; '.join(changed)}")
+
+
+def _reseed(*key: int | str) -> None:
+    value = seed_of(*key)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+class _Work:
+    """All that changes while a run trains, and where it stands: `epoch` finished ones, `step` within the next."""
+
+    def __init__(self, recipe: Recipe, run: Path, accelerator: Accelerator):
+        self.recipe, self.run, self.accelerator = recipe, run, accelerator
+        self.checkpoints = run / "checkpoints"
+        self.epoch = self.step = self.log_bytes = 0
+        self.loss_sum = self.seconds = self.epoch_seconds = self.best_accuracy = 0.0
+        self.best = ""  # name of the checkpoint with `best_accuracy`
+        self.last: Evaluation | None = None
+        self.notes: list[str] = []
+        self._build_data()
+        self._build_network()
+
+    def _build_data(self) -> None:
+        recipe, world = self.recipe, self.accelerator.num_processes
+        train_split = load_split(recipe.data, "train", seed=recipe.seed)
+        self.test_split = load_split(recipe.data, "test", seed=recipe.seed)
+        if train_split.classes != self.test_split.classes:
+            raise ValueError(
+                f"training and test split differ in their classes: {train_split.classes} and {self.test_split.classes}"
+            )
+        for split in (train_split, self.test_split):
+            if split.skipped:
+                self.notes.append(f"skipped {len(split.skipped)} images that cannot be read, {split.skipped[0]} first")
+        self.classes, self.in_channels = train_split.classes, train_split.in_channels
+        self.sampler = ResumableSampler(
+            len(train_split),
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
+        self.steps_per_epoch = len(self.sampler) // (recipe.batch_size * recipe.accumulate)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{len(train_split)} training images do not fill one step of {recipe.batch_size} x "
+                f"{recipe.accumulate} x {world} processes; lower batch_size or accumulate"
+            )
+        self.loader = self._loader(train_split)
+
+    def _loader(self, split: Dataset) -> DataLoader:
+        return DataLoader(
+            split,
+            batch_size=self.recipe.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            num_workers=self.recipe.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _build_network(self) -> None:
+        recipe, device = self.recipe, self.accelerator.device
+        self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        sizes = {"num_classes": len(self.classes), "in_channels": self.in_channels}
+        self.task = build_task(recipe, **sizes, device=device)
+        self.plain = build_model(recipe, **sizes)
+        if recipe.init.backbone:
+            self.notes += load_backbone(self.plain, recipe.init.backbone)
+        self.plain.to(device, self.dtype, memory_format=self.layout)
+        if recipe.sync_bn:
+            sync_bn(self.plain)
+        self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.optimizer = build_optimizer(self.plain, recipe.optim)
+        self.model = self.accelerator.prepare_model(self.plain)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is tested and saved at the end: the averaged one if the recipe averages."""
+        return self.ema.module if self.ema else self.plain
+
+    def restore(self, folder: Path) -> None:
+        """Stand where the checkpoint was taken."""
+        model, training, state = checkpoint.load(folder)
+        self.plain.load_state_dict(model)
+        self.optimizer.load_state_dict(training["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(training["ema"])
+        for name in _STATE:
+            setattr(self, name, state[name])
+        if self.best and self.accelerator.is_main_process and (self.checkpoints / self.best).is_dir():
+            checkpoint.point(self.checkpoints, "best", self.checkpoints / self.best)
+        self.notes.append(f"resuming after {self.epoch} epochs and {self.step} steps")
+
+    def save(self, logs: Logs | None) -> None:
+        """A checkpoint of the present position; the other processes wait for it."""
+        if logs is not None:
+            name = checkpoint.name_of(self.epoch, self.step)
+            self.best = self.best or name
+            self.log_bytes = logs.flush()
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else {},
+            }
+            state = {name: getattr(self, name) for name in _STATE}
+            folder = checkpoint.save(
+                self.checkpoints, name, model=self.plain.state_dict(), training=training, state=state
+            )
+            checkpoint.point(self.checkpoints, "last", folder)
+            checkpoint.point(self.checkpoints, "best", self.checkpoints / self.best)
+            checkpoint.prune(self.checkpoints, keep=self.recipe.saving.keep)
+        self.accelerator.wait_for_everyone()
+
+    def train_epoch(self, show: Display, logs: Logs | None) -> None:
+        """The rest of the present epoch, with a checkpoint every `saving.every_steps`."""
+        recipe = self.recipe
+        self.model.train()
+        self.sampler.set_position(self.epoch, self.step * recipe.accumulate * recipe.batch_size)
+        batches, began, first = iter(self.loader), time.perf_counter(), self.step
+        images = recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
+        earlier = self.epoch_seconds
+        while self.step < self.steps_per_epoch:
+            rate, loss, norm = self._train_step(batches)
+            self.step += 1
+            self.loss_sum += loss
+            here = time.perf_counter() - began
+            self.epoch_seconds = earlier + here
+            mean, speed = self.loss_sum / self.step, images * (self.step - first) / here
+            show.step(epoch=f"{self.epoch + 1}/{recipe.epochs}", loss=mean, rate=rate, speed=speed)
+            total = self.epoch * self.steps_per_epoch + self.step
+            if logs and total % _LOG_EVERY == 0:
+                values = {"loss": loss, "lr": rate, "gradient_norm": norm, "images_per_second": speed}
+                logs.write("step", step=total, values=values)
+            if (
+                recipe.saving.every_steps
+                and self.step % recipe.saving.every_steps == 0 < self.steps_per_epoch - self.step
+            ):
+                self.save(logs)
+
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
+        """One optimiser step; returns its learning rate, mean loss and gradient norm."""
+        recipe, world = self.recipe, self.accelerator.num_processes
+        done = self.epoch * self.steps_per_epoch + self.step
+        rate = learning_rate(
+            done,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=recipe.epochs,
+            peak=peak_rate(recipe, processes=world),
+            optim=recipe.optim,
+        )
+        set_rate(self.optimizer, rate)
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(recipe.accumulate):
+            images, labels = next(batches)
+            if not torch.isfinite(images).all():
+                raise ValueError(self._not_finite("an input image has values that are not finite"))
+            images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout, non_blocking=True)
+            labels = labels.to(self.accelerator.device, non_blocking=True)
+            _reseed(recipe.seed, "batch", (done * recipe.accumulate + part) * world + self.accelerator.process_index)
+            last = part == recipe.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                    loss = self.task.loss(self.model, images, labels) / recipe.accumulate
+                loss.backward()
+            total = total + loss.detach()
+        norm = float(gradient_norm(self.plain, clip=recipe.optim.clip_grad))
+        loss = float(self.accelerator.reduce(total, "mean"))  # one process' NaN reaches all, so all stop
+        if not np.isfinite([loss, norm]).all():
+            raise ValueError(self._not_finite(f"the loss is {loss} and the gradient norm {norm}"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.plain, step=done + 1)
+        return rate, loss, norm
+
+    def _not_finite(self, what: str) -> str:
+        kept = checkpoint.newest(self.checkpoints)
+        rest = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        return (
+            f"training stopped in epoch {self.epoch + 1}, step {self.step + 1}: {what}; {rest}; "
+            "check the data, lower optim.lr or set optim.clip_grad"
+        )
+
+    def close_epoch(self, show: Display, logs: Logs | None) -> None:
+        """Test if it is time to, log, count the epoch as done and save."""
+        recipe, began, training = self.recipe, time.perf_counter(), self.epoch_seconds
+        number = self.epoch + 1
+        values = {"epoch": self.epoch, "train_loss": self.loss_sum / self.step}
+        self.last, better = None, False
+        if number % recipe.testing.every == 0 or number == recipe.epochs:
+            self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
+            values |= {"test_loss": self.last.loss, "test_accuracy": self.last.accuracy}
+            better = self.last.accuracy >= self.best_accuracy
+            sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))[0]
+            values["firing_rate"] = firing_rates(self.judged, sample)[1]
+        seconds = training + time.perf_counter() - began
+        images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
+        values |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "images_per_second": images / training,
+        }
+        if logs:
+            logs.write("epoch", step=number * self.steps_per_epoch, values=values)
+        show.line(_line(values, recipe.epochs))
+        self.seconds += seconds
+        self.epoch, self.step, self.loss_sum, self.epoch_seconds = number, 0, 0.0, 0.0
+        if better:
+            self.best_accuracy, self.best = self.last.accuracy, checkpoint.name_of(self.epoch, 0)
+        self.save(logs)
+
+    def _test(self, *, images: int) -> Evaluation:
+        recipe = self.recipe
+        loader = batches_of(self.test_split, batch_size=recipe.batch_size, images=images, workers=recipe.workers)
+        if self.accelerator.num_processes == 1:
+            return evaluate(self.judged, loader)
+        return evaluate(self.judged, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
+
+    def finish(self) -> Summary:
+        """Save the network and sum up, in the main process; the others wait and read."""
+        last = self.last or self._test(images=0)
+        if self.accelerator.is_main_process:
+            finish(
+                self.judged,
+                self.recipe,
+                self.run,
+                split=self.test_split,
+                evaluation=last,
+                best_accuracy=max(self.best_accuracy, last.accuracy),
+                seconds=self.seconds,
+            )
+        self.accelerator.wait_for_everyone()
+        return read_summary(self.run)
+
+
+_STATE = ("epoch", "step", "log_bytes", "loss_sum", "seconds", "epoch_seconds", "best_accuracy", "best")
+
+
+def _line(values: dict, epochs: int) -> str:
+    """An epoch's record as a line for people."""
+    parts = [f"epoch {values['epoch'] + 1}/{epochs}", f"loss {values['train_loss']:.4f}"]
+    if "test_accuracy" in values:
+        parts += [f"test accuracy {values['test_accuracy']:.2%}", f"firing rate {values['firing_rate']:.1%}"]
+    return "  ".join([*parts, f"{values['images_per_second']:.0f} images/s", f"{values['seconds']:.0f} s"])

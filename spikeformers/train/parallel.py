@@ -1,0 +1,71 @@
+"""Batch norm over all processes, on any device.
+
+torch's SyncBatchNorm refuses CPU tensors; this one only needs an `all_reduce`, so gloo serves as well. Without it each
+process normalises by its own batch and the saved running statistics are those of process 0.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; every process' result depends on every input, so gradients sum too."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose training statistics are those of the batches of all processes together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,C,H,W] -> the same shape."""
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if alone or not self.training:
+            return super().forward(x)
+        given, axes = x.dtype, [0, 2, 3]
+        x = x if given == torch.float64 else x.float()  # bfloat16 sums would lose the statistics
+        first = torch.cat([x.sum(axes), x.new_full((1,), x.numel() // x.shape[1])])
+        first = _SumOverProcesses.apply(first)
+        count = first[-1].detach()
+        mean = first[:-1] / count
+        # Squares of differences, in a second round: the one-round formula loses digits where mean >> deviation.
+        centred = x - mean[:, None, None]
+        variance = _SumOverProcesses.apply((centred * centred).sum(axes)) / count
+        self._update_running(mean.detach(), variance.detach() * count / (count - 1))
+        scale = torch.rsqrt(variance + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        result = centred * scale[:, None, None]
+        return (result + self.bias[:, None, None] if self.affine else result).to(given)
+
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+def sync_bn(model: nn.Module) -> nn.Module:
+    """Turn every batch norm of `model` into one over all processes, in place; returns `model`.
+
+    Parameters, buffers and names stay. Raises ValueError for a batch norm that it does not know.
+    """
+    for name, module in model.named_modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm2d
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncedBatchNorm2d):
+            raise ValueError(f"cannot synchronise {name or 'the model'}, a {type(module).__name__}; use nn.BatchNorm2d")
+    return model

@@ -1,0 +1,275 @@
+"""A recipe says everything about a training run: frozen dataclasses, changed by `override`, stored as JSON.
+
+Every leaf is a number, a truth value, a text, a tuple or a small dict, so that `--set optim.lr=1e-3` reaches all of it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+
+from spikeformers.data.images import ImageData
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What `create_model` is asked for; an empty tuple keeps the named model's own value."""
+
+    name: str = "meta_spikeformer_15m"
+    neuron: str = "lif"
+    levels: int = 4  # D of the integer neurons; a LIF emits 0 or 1 whatever this says
+    steps: int = 1
+    dims: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)  # any other argument of the model's builder
+
+    def overrides(self) -> dict[str, object]:
+        """Keyword arguments for `create_model`, without those that keep the named model's own value."""
+        chosen = {"neuron": self.neuron, "levels": self.levels, "steps": self.steps}
+        sizes = {"dims": self.dims, "strides": self.strides, "blocks": self.blocks}
+        return chosen | {name: value for name, value in sizes.items() if value} | self.options
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser (any name of timm: adamw, lamb, lambc, ...) and the learning rate over the run."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    lr_batch: int = 0  # lr is for this many images a step and scales with the real number; 0: lr is used as it is
+    min_lr: float = 1e-6
+    warmup_epochs: float = 0.0  # linear from 0, per step; then half a cosine down to min_lr
+    weight_decay: float = 0.05  # not on biases and other 1-D parameters
+    clip_grad: float = 0.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where the weights start: empty for random, else a run folder, a saved model or a checkpoint file."""
+
+    backbone: str = ""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """DeiT-style distillation from a timm network through a second head; no teacher, no distillation."""
+
+    teacher: str = ""
+    weights: str = "pretrained"  # "pretrained" (timm downloads them), a local file, or "random" (for tests)
+    kind: typing.Literal["hard", "soft"] = "hard"
+    alpha: float = 0.5  # weight of the teacher's part of the loss
+    temperature: float = 1.0  # of the soft kind
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints: one after each epoch, and every `every_steps` optimiser steps within an epoch (0: none)."""
+
+    every_steps: int = 0
+    keep: int = 2  # newest ones that stay besides the best; 0: all
+
+
+@dataclass(frozen=True)
+class Testing:
+    """How often and on how much the test split is read. The last epoch always reads all of it."""
+
+    every: int = 1  # epochs
+    images: int = 0  # evenly spaced images of the test split before the last epoch; 0: all
+    energy_images: int = 64  # for the energy account at the end
+    integer_images: int = 0  # for the comparison with the integer engine at the end; 0: all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run. `seed`, the data and these values determine the result on given hardware."""
+
+    name: str
+    data: ImageData
+    model: ModelChoice = ModelChoice()
+    optim: Optim = Optim()
+    init: Init = Init()
+    distill: Distill = Distill()
+    saving: Saving = Saving()
+    testing: Testing = Testing()
+    epochs: int = 10
+    batch_size: int = 64  # images in one forward pass of one process
+    accumulate: int = 1  # forward passes whose gradients are averaged into one optimiser step
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0  # of the averaged copy that is tested and saved; 0: no averaging
+    seed: int = 0
+    precision: typing.Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: autocast in training only
+    channels_last: bool = True
+    sync_bn: bool = False  # batch norm over all processes instead of each its own
+    threads: int = 0  # of torch on a CPU; 0: torch's choice
+    workers: int = 0  # processes that read images; 0: read in the training process
+
+    def __post_init__(self):
+        for path, least in _LEAST.items():
+            value = self
+            for part in path.split("."):
+                value = getattr(value, part)
+            if value < least:
+                raise ValueError(f"{path} must be at least {least}, got {value}")
+        for path, value in (("ema_decay", self.ema_decay), ("label_smoothing", self.label_smoothing)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{path} must be at least 0 and below 1, got {value}")
+        if not 0 <= self.distill.alpha <= 1:
+            raise ValueError(f"distill.alpha must lie between 0 and 1, got {self.distill.alpha}")
+
+
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "seed": 0,
+    "threads": 0,
+    "workers": 0,
+    "model.levels": 1,
+    "model.steps": 1,
+    "optim.lr": 0,
+    "optim.min_lr": 0,
+    "optim.lr_batch": 0,
+    "optim.warmup_epochs": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "saving.every_steps": 0,
+    "saving.keep": 0,
+    "testing.every": 1,
+    "testing.images": 0,
+    "testing.energy_images": 1,
+    "testing.integer_images": 0,
+}
+
+
+def override(recipe: Recipe, path: str, text: str) -> Recipe:
+    """`recipe` with the field at the dotted `path` (for example "optim.lr") set to what `text` says.
+
+    Raises ValueError for an unknown field (closest names listed), a group without a field, or a wrong type.
+    """
+    return _override(recipe, path.split("."), text, path, leaf_paths(recipe))
+
+
+def leaf_paths(group: object, *, prefix: str = "") -> list[str]:
+    """Dotted paths of every field that `override` can set in a recipe or a part of one."""
+    paths = []
+    for each in dataclasses.fields(group):
+        value = getattr(group, each.name)
+        if dataclasses.is_dataclass(value):
+            paths += leaf_paths(value, prefix=f"{prefix}{each.name}.")
+        else:
+            paths.append(prefix + each.name)
+    return paths
+
+
+def _override(group, parts: list[str], text: str, path: str, known: list[str]):
+    name, rest = parts[0], parts[1:]
+    kinds = typing.get_type_hints(type(group))
+    if name not in {each.name for each in dataclasses.fields(group)}:
+        # `epochs` for `optim.epochs` or the other way round is the usual slip, so the last word counts too
+        same_word = [known_path for known_path in known if known_path.split(".")[-1] == parts[-1]]
+        close = same_word or difflib.get_close_matches(path, known, n=3, cutoff=0.4)
+        raise ValueError(f"unknown recipe field {path!r}; closest: {', '.join(close or known)}")
+    value = getattr(group, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            inside = ", ".join(each for each in known if each.startswith(path + "."))
+            raise ValueError(f"{path} is a group of fields; set one of {inside}")
+        new = _override(value, rest, text, path, known)
+    elif isinstance(value, dict) and rest:
+        new = value | {".".join(rest): _literal(text)}
+    elif rest:
+        raise ValueError(
+            f"recipe field {path!r} does not exist: {'.'.join(path.split('.')[: -len(rest)])} has no parts"
+        )
+    else:
+        new = _convert(_read(text, kinds[name]), kinds[name], path)
+    return dataclasses.replace(group, **{name: new})
+
+
+def _literal(text: str) -> object:
+    """A Python literal, `true`/`false`, or else the text itself."""
+    lower = text.strip().lower()
+    if lower in ("true", "false"):
+        return lower == "true"
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _read(text: str, kind: object) -> object:
+    """The value that `text` spells if a `kind` is wanted; `_convert` says whether it fits."""
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return text
+    if typing.get_origin(kind) is tuple:
+        return [_literal(part) for part in text.strip("()[] ").split(",") if part.strip()]
+    return _literal(text)
+
+
+def _convert(value: object, kind: object, path: str) -> object:
+    """`value` as a `kind`; raises ValueError naming field, value and type where it does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal and value in arguments:
+        return value
+    if origin is typing.Literal:
+        raise ValueError(f"{path} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+    if origin in (typing.Union, types.UnionType):
+        inner = [each for each in arguments if each is not type(None)]
+        return None if value in (None, "none", "None") else _convert(value, inner[0], path)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(inner) == len(value):
+            return tuple(_convert(each, one, path) for each, one in zip(value, inner, strict=True))
+    elif origin is dict and isinstance(value, dict):
+        return {str(key): tuple(each) if isinstance(each, list) else each for key, each in value.items()}
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    elif isinstance(kind, type) and type(value) is kind:  # exactly: True is not the number 1 here
+        return value
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    raise ValueError(f"{path} must be of type {wanted}, got {value!r}")
+
+
+def to_json(recipe: Recipe) -> dict[str, object]:
+    """Plain dicts, lists and values that `json` can write."""
+    return dataclasses.asdict(recipe)
+
+
+def from_json(stored: dict[str, object]) -> Recipe:
+    """The recipe that `to_json` stored; absent fields take their defaults. Raises ValueError where it does not fit."""
+    return _build(Recipe, stored, "")
+
+
+def _build(group: type, stored: object, prefix: str):
+    if not isinstance(stored, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'a recipe'} must be a group of fields, got {stored!r}")
+    kinds = typing.get_type_hints(group)
+    unknown = stored.keys() - {each.name for each in dataclasses.fields(group)}
+    if unknown:
+        close = difflib.get_close_matches(min(unknown), list(kinds), n=3, cutoff=0.4) or list(kinds)
+        raise ValueError(f"unknown recipe field {prefix}{min(unknown)}; closest: {', '.join(close)}")
+    values = {}
+    for name, value in stored.items():
+        kind = kinds[name]
+        nested = dataclasses.is_dataclass(kind)
+        values[name] = _build(kind, value, f"{prefix}{name}.") if nested else _convert(value, kind, prefix + name)
+    try:
+        return group(**values)
+    except TypeError as error:  # a required field is absent
+        raise ValueError(f"the recipe is not complete: {error}") from None
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Every field in which two recipes differ, as "path: old -> new"."""
+    found = []
+    for path in sorted(set(leaf_paths(old)) | set(leaf_paths(new))):
+        before, after = old, new
+        for part in path.split("."):
+            before, after = getattr(before, part), getattr(after, part)
+        if before != after:
+            found.append(f"{path}: {before} -> {after}")
+    return found

@@ -1,0 +1,40 @@
+"""The same recipe from several seeds: the mean is the result, the deviation says what it is worth."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from spikeformers.train.checkpoint import write_json
+from spikeformers.train.loop import train
+from spikeformers.train.recipe import Recipe
+from spikeformers.train.summary import Summary, spread
+
+
+@dataclass(frozen=True)
+class SeedsSummary:
+    """Results of all seeds, with mean and sample standard deviation of the last epoch's accuracy (0..1)."""
+
+    seeds: tuple[int, ...]
+    summaries: tuple[Summary, ...]
+    accuracy_mean: float
+    accuracy_sd: float
+
+
+def train_seeds(
+    recipe: Recipe, seeds: Sequence[int], *, run: Path, resume: bool = False, console: Console | None = None
+) -> SeedsSummary:
+    """Train `recipe` once for each seed, in `run/seed-S`, and write `run/seeds.json`. Raises as `train` does."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
+    summaries = [
+        train(dataclasses.replace(recipe, seed=seed), run=Path(run) / f"seed-{seed}", resume=resume, console=console)
+        for seed in seeds
+    ]
+    accuracies = [each.accuracy for each in summaries]
+    mean, sd = spread(accuracies)
+    content = {"seeds": list(seeds), "accuracies": accuracies, "accuracy_mean": mean, "accuracy_sd": sd}
+    write_json(Path(run) / "seeds.json", content)
+    return SeedsSummary(tuple(seeds), tuple(summaries), mean, sd)

@@ -1,0 +1,112 @@
+"""`summary.json`: what a finished run achieved, on what, and with which versions."""
+
+import copy
+import dataclasses
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from spikeformers.train.checkpoint import read_json, write_json
+from spikeformers.train.evaluate import Evaluation, summarise
+from spikeformers.train.recipe import Recipe, to_json
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run. Accuracies and rates 0..1, energies mJ an image, `layers` the firing rate of each neuron."""
+
+    recipe: dict
+    model: str
+    parameters: int
+    size_mb: float
+    accuracy: float  # at the last epoch, on the whole test split
+    best_accuracy: float
+    loss: float
+    epochs: int
+    seconds: float  # of training and testing, over all interruptions
+    firing_rate: float
+    spikes_per_image: float
+    energy_mj: float
+    energy_mj_sd: float
+    ann_energy_mj: float
+    energy_convention: str
+    energy_by_stage: dict[str, dict[str, float]]
+    layers: dict[str, float]
+    integer_agreement: dict
+    confusion: list[list[int]]  # [true][predicted]
+    predictions: list[int]  # over the test split, in order
+    classes: list[str]
+    versions: dict[str, str]
+    threads: int
+    hardware: str
+    command: str
+
+
+def finish(
+    model: nn.Module,
+    recipe: Recipe,
+    run: Path,
+    *,
+    split: Dataset,
+    evaluation: Evaluation,
+    best_accuracy: float,
+    seconds: float,
+) -> None:
+    """Save the network in `run/model`, count its energy, test its integer form, and write `run/summary.json` last."""
+    model = copy.deepcopy(model).cpu().float().eval()
+    model.save_pretrained(run / "model")
+    tensors = [*model.parameters(), *model.buffers()]
+    summary = Summary(
+        recipe=to_json(recipe),
+        model=recipe.model.name,
+        parameters=sum(each.numel() for each in model.parameters()),
+        size_mb=sum(each.numel() * each.element_size() for each in tensors) / 1e6,
+        accuracy=evaluation.accuracy,
+        best_accuracy=best_accuracy,
+        loss=evaluation.loss,
+        epochs=recipe.epochs,
+        seconds=seconds,
+        confusion=evaluation.confusion,
+        predictions=evaluation.predictions,
+        classes=[str(each) for each in split.classes],
+        versions={"python": platform.python_version()}
+        | {each: version(each) for each in ("torch", "timm", "spikeformers")},
+        threads=torch.get_num_threads(),
+        hardware=hardware(),
+        command=shlex.join(["spikeformers" if "spikeformers" in sys.argv[0] else sys.argv[0], *sys.argv[1:]]),
+        **summarise(model, recipe, split, predictions=evaluation.predictions),
+    )
+    write_json(run / "summary.json", dataclasses.asdict(summary))
+
+
+def read_summary(run: Path) -> Summary:
+    """The summary of a finished run. Raises ValueError if `run` holds none or one of another version."""
+    stored = read_json(run / "summary.json")
+    try:
+        return Summary(**stored)
+    except TypeError as error:
+        raise ValueError(f"{run / 'summary.json'} was written by another version ({error})") from None
+
+
+def hardware() -> str:
+    """Name of the processor, and of the first CUDA device if there is one."""
+    name = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        lines = [line for line in listing.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,111 @@
+"""What is learnt: classification by cross-entropy, on mixed images and from a teacher if the recipe says so.
+
+Distillation: Touvron et al., ICML 2021 (DeiT), Eqs. 2-3, as Meta-SpikeFormer uses it.
+The teacher is any network of timm.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from spikeformers.data.augment import mixing
+from spikeformers.train.recipe import Distill, Recipe
+
+
+def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of logits [B,classes] against labels [B] or probabilities [B,classes].
+
+    A share `smoothing` of every target is spread evenly over all classes.
+    """
+    if target.is_floating_point():
+        target = target.to(logits.dtype)
+    return F.cross_entropy(logits, target, label_smoothing=smoothing)
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, *, kind: str, temperature: float = 1.0) -> Tensor:
+    """How far logits [B,classes] are from those of the teacher, both un-normalised.
+
+    hard: cross-entropy against the teacher's class. soft: Kullback-Leibler divergence at a `temperature`, times its
+    square, averaged over all elements as in the DeiT code. Raises ValueError if the class counts differ.
+    """
+    if logits.shape != teacher.shape:
+        raise ValueError(
+            f"the teacher gives {teacher.shape[-1]} classes but the student {logits.shape[-1]}; "
+            "choose a teacher that was trained on the same classes"
+        )
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher.argmax(-1))
+    student = F.log_softmax(logits / temperature, -1)
+    wanted = F.log_softmax(teacher.to(logits.dtype) / temperature, -1)
+    return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2 / logits.numel()
+
+
+class Classification:
+    """The loss of one batch. Mixing draws from the global generators, which the loop seeds for each step."""
+
+    def __init__(
+        self,
+        *,
+        smoothing: float,
+        mixer: Mixup | None = None,
+        teacher: nn.Module | None = None,
+        distill: Distill | None = None,
+    ):
+        self.smoothing, self.mixer, self.teacher, self.distill = smoothing, mixer, teacher, distill
+
+    def loss(self, model: Callable, images: Tensor, labels: Tensor) -> Tensor:
+        """Scalar loss of images [B,C,H,W] with labels [B]; calls `model` once."""
+        target = labels
+        if self.mixer is not None:
+            images, target = self.mixer(images, labels)
+        outputs = model(images)
+        if self.teacher is None:
+            return cross_entropy(_wide(outputs), target, smoothing=self.smoothing)
+        logits, logits_kd = map(_wide, outputs)
+        with torch.no_grad():
+            teacher = _wide(self.teacher(images))
+        own = cross_entropy(logits, target, smoothing=self.smoothing)
+        learnt = distillation_loss(logits_kd, teacher, kind=self.distill.kind, temperature=self.distill.temperature)
+        return (1 - self.distill.alpha) * own + self.distill.alpha * learnt
+
+
+def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Classification:
+    """The task of a recipe. Raises ValueError for a mixing or a teacher that cannot work."""
+    # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
+    mixer = mixing(recipe.data.augment, num_classes=num_classes, label_smoothing=0.0)
+    if mixer is not None and recipe.batch_size % 2:
+        raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}")
+    teacher = None
+    if recipe.distill.teacher:
+        teacher = build_teacher(recipe.distill, num_classes=num_classes, in_channels=in_channels).to(device)
+    return Classification(
+        smoothing=recipe.label_smoothing, mixer=mixer, teacher=teacher, distill=recipe.distill if teacher else None
+    )
+
+
+def build_teacher(distill: Distill, *, num_classes: int, in_channels: int) -> nn.Module:
+    """The frozen teacher in eval mode, always in float32. Raises ValueError for an unknown name or missing weights."""
+    if not timm.is_model(distill.teacher):
+        close = timm.list_models(f"*{distill.teacher.split('_')[0]}*")[:5]
+        raise ValueError(f"distill.teacher {distill.teacher!r} is no model of timm; some like it: {', '.join(close)}")
+    local = "" if distill.weights in ("pretrained", "random") else distill.weights
+    if local and not Path(local).is_file():
+        raise ValueError(f"distill.weights must be 'pretrained', 'random' or a file; there is no file {local}")
+    teacher = timm.create_model(
+        distill.teacher,
+        pretrained=distill.weights == "pretrained",
+        num_classes=num_classes,
+        in_chans=in_channels,
+        checkpoint_path=local or None,
+    )
+    return teacher.eval().requires_grad_(False)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Losses are taken in float32 at least: autocast hands over bfloat16."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -2,6 +2,7 @@
 
 from spikeformers.layers.version import __version__
 from spikeformers.neurons import set_steps, streaming
+from spikeformers.weights import load_official
 from spikeformers.zoo import create_model, from_pretrained, list_models
 
-__all__ = ["__version__", "create_model", "from_pretrained", "list_models", "set_steps", "streaming"]
+__all__ = ["__version__", "create_model", "from_pretrained", "list_models", "load_official", "set_steps", "streaming"]

@@ -15,7 +15,7 @@ from torch import nn
 from spikeformers.backbones import meta_spikeformer
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import set_steps
-from spikeformers.weights.load import load_strict
+from spikeformers.weights import load_official, load_strict, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,22 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     model = dataclasses.replace(config, **values).build()
     model.origin = Origin(name, values)
     return model
+
+
+def import_checkpoint(path: str | Path, *, name: str, out: str | Path, overrides: dict[str, Any]) -> str:
+    """Read the authors' checkpoint `path` into the model `name` and save it to the folder `out`; says what it dropped.
+
+    A second classifier in the file (distillation) is kept if `overrides` ask for it.  Raises ValueError, with `out` not
+    touched, if the file is unsafe, damaged or of another network.
+    """
+    weights = read_checkpoint(path)
+    heads = [tensor.shape[0] for key, tensor in weights.items() if key.removeprefix("module.") == "head.weight"]
+    if heads and "num_classes" not in overrides:
+        overrides = {"num_classes": heads[0], **overrides}
+    model = create_model(name, **overrides)
+    report = load_official(model, weights)
+    folder = model.save_pretrained(out)
+    return f"{report}; saved to {folder}"
 
 
 def from_pretrained(source: str | Path) -> nn.Module:

@@ -1,1 +1,5 @@
-"""Reading weights: the authors' checkpoints and other runs."""
+"""Reading weights: the authors' checkpoints, saved models and runs."""
+
+from spikeformers.weights.load import LoadReport, load_backbone, load_official, load_strict, read_checkpoint
+
+__all__ = ["LoadReport", "load_backbone", "load_official", "load_strict", "read_checkpoint"]

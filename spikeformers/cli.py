@@ -1,0 +1,432 @@
+"""The command line: one short function for each sub-command; `spikeformers COMMAND --help` teaches by example.
+
+Exit codes: 0 done; 2 for a mistake of the caller or of the machine (ValueError, OSError), told in
+one line on stderr (set SPIKEFORMERS_TRACEBACK=1 to see where it arose); 130 after Ctrl-C. torch is imported by the
+sub-commands that compute, not here, so that help is quick.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+if TYPE_CHECKING:
+    from jsonargparse._subcommands import ActionSubCommands
+    from rich.console import Console
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+    from spikeformers.train.recipe import Recipe
+
+RUNS = Path("runs")  # where `train` puts its folders unless --out says otherwise
+SEEN = 5  # classes that `predict` prints
+RANDOM_IMAGES, RUN_IMAGES = 4, 64  # default number of images for `energy`
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    top, weights = build_parser()
+    try:
+        chosen = top.parse_args(arguments)
+        given = chosen.get(chosen.command) if chosen.command else None
+        if chosen.command is None or (chosen.command == "weights" and given.action is None):
+            (weights if chosen.command else top).print_help()
+        elif chosen.command == "weights":
+            import_weights(given["import"])
+        else:
+            COMMANDS[chosen.command](given)
+        return 0
+    except argparse.ArgumentError as error:
+        return complain(usage(error))
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes at exit
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"\nspikeformers: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("SPIKEFORMERS_TRACEBACK"):
+            raise
+        return complain(said(error))
+
+
+def complain(message: str) -> int:
+    print(f"spikeformers: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def usage(error: argparse.ArgumentError) -> str:
+    """The parser's complaint in the words of the help: no dotted keys, no class names."""
+    text = re.sub(r"required: (.*)", lambda hit: "required: " + re.sub(r"(\w+\.)+", "", hit[1]), str(error))
+    text = re.sub(r'Parser key "([^"]+)":\s+Expected an? <class \'(\w+)\'>\. Got value:', r"--\1 must be \2, got", text)
+    return f"{text.strip()} (see `spikeformers --help`)"
+
+
+def said(error: Exception) -> str:
+    """An exception's own words; a file system error gets its file in front instead of its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def list_models(arguments: Namespace) -> None:
+    """Name, parameters, default sizes and paper of every model that matches."""
+    import torch
+
+    from spikeformers import create_model, zoo
+    from spikeformers import list_models as names_like
+    from spikeformers.train.results import print_table
+
+    names = names_like(arguments.pattern)
+    if not names:
+        raise ValueError(f"no model matches {arguments.pattern!r}; there are {', '.join(names_like('*'))}")
+    rows = []
+    for name in names:
+        with torch.device("meta"):  # sizes without memory or initialisation
+            model = create_model(name)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        rows.append((name, f"{count:,}", sizes(model.config), zoo.CATALOGUE[name].paper))
+    print_table(("model", "parameters", "sizes", "paper"), rows, right=(1,))
+
+
+def train(arguments: Namespace) -> None:
+    """Train a recipe, once or for each seed, write the reports and print the results."""
+    from spikeformers.train.loop import train as run_training
+    from spikeformers.train.report import write_report
+    from spikeformers.train.results import print_results, print_spread
+    from spikeformers.train.seeds import train_seeds
+
+    recipe, seeds = configured(arguments), read_seeds(arguments.seeds)
+    run = run_folder(recipe.name, arguments)
+    common = {"run": run, "resume": arguments.resume, "console": main_console()}
+    try:
+        if seeds:
+            found = train_seeds(recipe, seeds, **common)
+            results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
+        else:
+            results = {run: run_training(recipe, **common)}
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"resume with: {resume_command(arguments, run)}") from None
+    for folder, summary in results.items() if is_main_process() else ():
+        print_results(summary, write_report(folder))
+    if len(seeds) > 1 and is_main_process():
+        print_spread(seeds, list(results.values()))
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Test the final model of a run again on the whole test split."""
+    from spikeformers.data.images import load_split
+    from spikeformers.train.evaluate import evaluate as run_test
+    from spikeformers.train.evaluate import test_loader
+    from spikeformers.train.results import print_facts
+    from spikeformers.train.saved import read_run
+
+    model, recipe, _ = read_run(Path(arguments.run))
+    split = load_split(recipe.data, "test", seed=recipe.seed)
+    found = run_test(model, test_loader(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    rows = [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
+    if split.skipped:
+        rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
+    print_facts(arguments.run, rows)
+
+
+def predict(arguments: Namespace) -> None:
+    """The likeliest classes of each image and the energy that its inference takes."""
+    import torch
+
+    from spikeformers import energy
+    from spikeformers.data.images import read_image
+    from spikeformers.train.results import short
+    from spikeformers.train.saved import read_trained
+
+    model, spec, classes = read_trained(arguments.model)
+    images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
+    for file, image in zip(arguments.files, images, strict=True):
+        batch = image[None]
+        with torch.no_grad():
+            likely = model(batch)[0].softmax(-1).topk(min(SEEN, len(classes)))
+        spent = energy.measure(model, batch)
+        print(f"{file}: {short(spent.total_mj)} mJ ({short(spent.ann_mj)} mJ as an ANN, {spent.convention})")
+        for share, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+            print(f"  {100 * share:6.2f} %  {classes[index]}")
+
+
+def measure(arguments: Namespace) -> None:
+    """The energy table of a run, a saved model or a named model."""
+    from spikeformers import energy
+
+    model, images, note = energy_subject(arguments.model, arguments.images)
+    found = energy.measure(model, images, convention=arguments.convention)
+    print(note)
+    print(found.table())
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        print(f"written: {arguments.json}")
+    if arguments.plot:
+        found.plot(Path(arguments.plot))
+        print(f"written: {arguments.plot}")
+
+
+def import_weights(arguments: Namespace) -> None:
+    """Turn an authors' checkpoint into a model folder and say what was dropped."""
+    from spikeformers.weights import import_checkpoint
+
+    overrides = dict(split_assignment(each) for each in arguments.set)
+    print(import_checkpoint(arguments.file, arguments.model, arguments.out, overrides))
+    print(f"written: {arguments.out}")
+
+
+def report(arguments: Namespace) -> None:
+    """Write the page again, for example of a run that is still going."""
+    from spikeformers.train.report import write_report
+
+    print(write_report(Path(arguments.run)))
+
+
+COMMANDS = {
+    "list": list_models,
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "energy": measure,
+    "report": report,
+}
+
+
+def configured(arguments: Namespace) -> "Recipe":
+    """The named recipe with --set and --threads applied."""
+    from spikeformers import recipes
+    from spikeformers.train.recipe import override
+
+    recipe = recipes.get(arguments.recipe)
+    changes = [split_assignment(each) for each in arguments.set]
+    if arguments.threads is not None:
+        changes.append(("threads", str(arguments.threads)))
+    for path, text in changes:
+        recipe = override(recipe, path, text)
+    return recipe
+
+
+def split_assignment(text: str) -> tuple[str, str]:
+    """`a.b=c` -> (`a.b`, `c`)."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set takes a.b=c, got {text!r}; other arguments must stand before --set")
+    return path, value
+
+
+def read_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]."""
+    seeds = text.split(",") if text else []
+    if not all(seed.strip().isdecimal() for seed in seeds):
+        raise ValueError(f"--seeds takes whole numbers with commas between them, such as 0,1,2; got {text!r}")
+    if len(set(map(int, seeds))) < len(seeds):
+        raise ValueError(f"--seeds names a seed twice: {text}")
+    return [int(seed) for seed in seeds]
+
+
+def run_folder(name: str, arguments: Namespace) -> Path:
+    """--out, or the next free runs/NAME, runs/NAME-2, ...; with --resume the newest of these.
+
+    Raises ValueError if there is nothing to resume, or several processes could each choose a folder of their own.
+    """
+    if arguments.out:
+        chosen = Path(arguments.out)
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes must agree on the run folder: name it with --out DIR")
+    else:
+        numbered = [RUNS / name, *(RUNS / f"{name}-{number}" for number in range(2, 10_000))]
+        free = next(index for index, folder in enumerate(numbered) if not folder.exists())
+        chosen = numbered[max(free - 1, 0) if arguments.resume else free]
+    if arguments.resume and not chosen.exists():
+        raise ValueError(f"there is nothing to resume in {chosen}; start without --resume, or name the run with --out")
+    return chosen
+
+
+def resume_command(arguments: Namespace, run: Path) -> str:
+    """What to type to go on with an interrupted run."""
+    words = ["spikeformers", "train", arguments.recipe, "--resume", "--out", str(run)]
+    words += ["--seeds", arguments.seeds] if arguments.seeds else []
+    words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
+    words += ["--set", *arguments.set] if arguments.set else []
+    return shlex.join(words)
+
+
+def is_main_process() -> bool:
+    """Only the first of several processes prints and writes reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def main_console() -> "Console | None":
+    from rich.console import Console
+
+    return Console() if is_main_process() else None
+
+
+def energy_subject(source: str, images: int) -> tuple["nn.Module", "DataLoader | Tensor", str]:
+    """Model, images to measure it on, and a sentence that says what both are."""
+    import torch
+
+    from spikeformers import create_model, list_models
+    from spikeformers.data.images import load_split
+    from spikeformers.train.evaluate import test_loader
+    from spikeformers.train.saved import read_run, read_trained
+
+    if (Path(source) / "recipe.json").is_file():
+        model, recipe, _ = read_run(Path(source))
+        split = load_split(recipe.data, "test", seed=recipe.seed)
+        count = min(images or RUN_IMAGES, len(split))
+        loader = test_loader(split, batch_size=recipe.batch_size, images=count)
+        return model, loader, f"{source}: trained weights, {count} images of its test split"
+    if source in list_models() or not Path(source).is_dir():
+        model, weights = create_model(source).eval(), "RANDOM weights"
+    else:
+        model, weights = read_trained(source)[0], "saved weights"
+    count = images or RANDOM_IMAGES
+    batch = torch.randn(count, model.config.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    note = f"{source}: {weights}, {count} RANDOM images of 224x224: firing rates and energy are not those of real use"
+    return model, batch, note
+
+
+def sizes(config: object) -> str:
+    """The size arguments of a model's config, as `dims 64-128-256-360, blocks 1-1-2-6-2`."""
+    shown = []
+    for name in ("dims", "dim", "depth", "blocks", "heads", "steps"):
+        value = getattr(config, name, None)
+        if value is not None:
+            shown.append(f"{name} {'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ", ".join(shown)
+
+
+def build_parser() -> tuple[ArgumentParser, ArgumentParser]:
+    """The parser of the whole command line, and that of `weights`, whose help is shown when it stands alone."""
+    top = new_parser(
+        "Train spiking vision transformers, count their energy and run them in integers.",
+        "spikeformers train digits                     # a first run: minutes on a CPU, data included",
+        "spikeformers predict runs/digits seven.png    # what is it, and what did it cost",
+        "spikeformers COMMAND --help                   # every command shows examples",
+    )
+    top.prog = "spikeformers"
+    commands = top.add_subcommands(required=False, metavar="COMMAND", dest="command", title="commands")
+    for add in (add_list, add_train, add_eval, add_predict, add_energy, add_report):
+        add(commands)
+    weights = new_parser("Weights that others trained.", "spikeformers weights import --help")
+    add_command(commands, "weights", weights, "weights that others trained")
+    actions = weights.add_subcommands(required=False, metavar="ACTION", dest="action", title="actions")
+    add_import(actions)
+    return top, weights
+
+
+def new_parser(description: str, *examples: str) -> ArgumentParser:
+    """A parser whose help ends with examples."""
+    return ArgumentParser(
+        description=description,
+        epilog="\n".join(("examples:", *(f"  {example}" for example in examples))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def add_command(commands: "ActionSubCommands", name: str, parser: ArgumentParser, summary: str) -> None:
+    commands.add_subcommand(name, parser, help=summary)
+    parser.prog = parser.prog.replace(" [options]", "")
+
+
+def add_setting(parser: ArgumentParser, summary: str) -> None:
+    parser.add_argument("--set", nargs="+", action="extend", default=[], type=str, metavar="a.b=c", help=summary)
+
+
+def add_list(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Models by name, with parameters, default sizes and paper.",
+        "spikeformers list",
+        "spikeformers list '*15m*'",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern (default: *)")
+    add_command(commands, "list", parser, "models, their sizes and papers")
+
+
+def add_train(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Train a recipe: a table of results at the end, everything else in the run folder, report.html included.",
+        "spikeformers train digits",
+        "spikeformers train digits --set epochs=5 optim.lr=2e-3 model.neuron=lif model.steps=4",
+        "spikeformers train cifar10_small --set data.source=imagefolder data.root=photos --out runs/photos",
+        "spikeformers train digits --seeds 0,1,2           # mean and deviation of three runs",
+        "spikeformers train digits --resume                # go on after Ctrl-C or a crash, to the same result",
+        "accelerate launch -m spikeformers train cifar10_small --out runs/two    # several processes or devices",
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="name of a recipe, such as digits; unknown names list the known"
+    )
+    add_setting(parser, "change fields of the recipe; several at once, or --set again")
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each seed, then mean and deviation")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, else the newest of this recipe"
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="run folder (default: runs/RECIPE, runs/RECIPE-2, ...)"
+    )
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: the recipe's)")
+    add_command(commands, "train", parser, "train a recipe and report on it")
+
+
+def add_eval(commands: "ActionSubCommands") -> None:
+    parser = new_parser("Test the final model of a run on its whole test split.", "spikeformers eval runs/digits")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    add_command(commands, "eval", parser, "test a trained model again")
+
+
+def add_predict(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "The five likeliest classes of each image, and the energy of its inference beside that of an ANN.",
+        "spikeformers predict runs/digits seven.png",
+        "spikeformers predict imported/55m photos/*.jpg",
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="image files")
+    add_command(commands, "predict", parser, "classify image files")
+
+
+def add_energy(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Operations and energy by layer and by stage, spiking and as an ANN. A bare name: random weights and images.",
+        "spikeformers energy runs/digits --images 200 --json energy.json --plot energy.png",
+        "spikeformers energy meta_spikeformer_15m",
+    )
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or of a saved model, or a model's name")
+    parser.add_argument("--convention", default="meta_spikeformer", help="whose way of counting (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="images to average over (default: 64 or 4)")
+    parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", default="", metavar="FILE", help="write a bar chart there (png, svg, pdf)")
+    add_command(commands, "energy", parser, "energy by layer and stage")
+
+
+def add_report(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Write report.html of a run again; also of a run that is going.", "spikeformers report runs/digits"
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    add_command(commands, "report", parser, "one page about a run")
+
+
+def add_import(actions: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Turn a checkpoint of a paper's authors into a model folder; says what was dropped; never runs its code.",
+        "spikeformers weights import 55M_kd.pth --model meta_spikeformer_55m --out imported/55m",
+        "spikeformers weights import t4.pth --model meta_spikeformer_15m --set steps=4 --out imported/15m_t4",
+    )
+    parser.add_argument("file", metavar="FILE", help="the authors' .pth file")
+    parser.add_argument("--model", required=True, metavar="NAME", help="what it is; see `spikeformers list`")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    add_setting(parser, "arguments of the model, such as num_classes=100")
+    add_command(actions, "import", parser, "read an authors' checkpoint")

@@ -1,0 +1,115 @@
+"""Results as people read them: numbers with units, and rows that are a table on a terminal and plain text elsewhere."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from spikeformers.train.summary import Summary, spread
+
+NAMED = 5  # test images named one by one on a line
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1 min 15 s`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60, seconds // 3600
+    return f"{minutes} min {seconds % 60:02d} s" if hours == 0 else f"{hours} h {minutes % 60:02d} min"
+
+
+def short(value: float) -> str:
+    """Three significant digits, never an exponent within the range that people meet: 0.000412, 3.14, 1,280, 4.1 M."""
+    if not math.isfinite(value):
+        return str(value)
+    for limit, letter in ((1e9, " G"), (1e6, " M")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{letter}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value == 0 or abs(value) < 1e-6:
+        return f"{value:.3g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+def print_results(summary: Summary, report: Path) -> None:
+    """What a run achieved."""
+    ann = f"{short(summary.ann_energy_mj)} mJ"
+    if summary.energy_mj:
+        ann += f", {summary.ann_energy_mj / summary.energy_mj:.2f} times as much"
+    rows = [
+        (
+            "Test accuracy",
+            f"{100 * summary.accuracy:.2f} % at the last epoch (best {100 * summary.best_accuracy:.2f} %)",
+        ),
+        ("Firing rate", f"{100 * summary.firing_rate:.2f} %"),
+        ("Spikes per image", short(summary.spikes_per_image)),
+        ("Energy per image", f"{short(summary.energy_mj)} mJ (convention {summary.energy_convention})"),
+        ("The same as an ANN", ann),
+        ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
+        ("Integer engine", agreement(summary.integer_agreement)),
+        ("Time", f"{summary.epochs} epochs in {duration(summary.seconds)}"),
+        ("Report", str(report)),
+    ]
+    print_facts(f"{summary.recipe['name']}: {summary.model}", rows)
+
+
+def agreement(found: dict) -> str:
+    """How many test predictions the integer engine shares, and which not."""
+    if found["same"] == found["total"]:
+        return f"same prediction for all {found['total']:,} test images"
+    which, more = found["different"][:NAMED], len(found["different"]) - NAMED
+    named = ", ".join(map(str, which)) + (f" and {more} more (see the report)" if more > 0 else "")
+    return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}"
+
+
+def print_spread(seeds: Sequence[int], results: Sequence[Summary]) -> None:
+    """Mean and standard deviation (of a sample: n - 1) over the seeds."""
+    rows = []
+    for name, label, factor, unit in (
+        ("accuracy", "Test accuracy", 100, "%"),
+        ("firing_rate", "Firing rate", 100, "%"),
+        ("energy_mj", "Energy per image", 1, "mJ"),
+    ):
+        mean, sd = spread([factor * getattr(result, name) for result in results])
+        rows.append((label, f"{mean:.4g} ± {sd:.2g} {unit}"))
+    print_facts(f"mean ± sd of seeds {', '.join(map(str, seeds))}", rows)
+
+
+def print_facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Label and value lines: a table on a terminal, aligned plain text elsewhere."""
+    console = Console()
+    if console.is_terminal:
+        table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+        for label, value in rows:
+            table.add_row(Text(label, style="cyan"), Text(value, overflow="fold"))
+        console.print(table)
+        return
+    width = max(len(label) for label, _ in rows)
+    print(title)
+    for label, value in rows:
+        print(f"  {label:<{width}}  {value}")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """Columns under a header: a table on a terminal, aligned plain text elsewhere; `right` columns hold numbers."""
+    console = Console()
+    if console.is_terminal:
+        table = Table()
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index in right else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

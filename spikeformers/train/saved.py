@@ -1,0 +1,46 @@
+"""Finished runs and saved models, read back for testing, prediction and measuring."""
+
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+from torch import nn
+
+from spikeformers.data.images import ImageData
+from spikeformers.train.recipe import Recipe, from_json
+from spikeformers.train.summary import read_summary
+from spikeformers.zoo import from_pretrained, list_models
+
+IMAGENET = {"source": "imagefolder", "size": 224, "eval_crop": 0.875}  # how the papers' networks see a picture
+
+
+def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
+    """Final model, recipe and class names of a finished run. Raises ValueError for anything else."""
+    if not (run / "recipe.json").is_file():
+        raise ValueError(f"{run} is not a run: it has no recipe.json (a run is the folder that `train` writes)")
+    if not (run / "summary.json").is_file():
+        raise ValueError(f"{run} is not finished, so it has no final model: continue it with `train ... --resume`")
+    summary = read_summary(run)
+    return from_pretrained(run / "model"), from_json(summary.recipe), tuple(summary.classes)
+
+
+def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
+    """Model, how to read images for it, and class names (numbers if none were recorded) of a run or model folder."""
+    folder = Path(source)
+    if (folder / "recipe.json").is_file():
+        model, recipe, classes = read_run(folder)
+        return model, recipe.data, classes
+    if source in list_models():
+        raise ValueError(f"{source} names a model without weights: give the folder of a run or of a saved model")
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {source} (wanted: a run, or a model saved by `weights import`)")
+    model = from_pretrained(folder)
+    spec = ImageData(**IMAGENET, in_channels=model.config.in_channels)
+    return model, spec, class_labels(model.config.num_classes)
+
+
+def class_labels(count: int) -> tuple[str, ...]:
+    """ImageNet's descriptions for 1000 classes, else numbers."""
+    if count != 1000:
+        return tuple(map(str, range(count)))
+    described = ImageNetInfo()
+    return tuple(described.index_to_description(index) for index in range(count))

@@ -26,7 +26,7 @@ class Augment:
     policy: timm string, e.g. "rand-m9-mstd0.5-inc1"; "" is none.  resized_crop: smallest area fraction of a random
     resized crop (ImageNet habit: 0.08); 0 is none.  crop_padding: pixels of zero padding before a random crop.
     flip, erase: probabilities (erase fills with normal noise).  shift: fraction of the side; rotate: degrees;
-    scale: 0.1 means 0.9 to 1.1.  mixup, cutmix: alpha of the batch-level mixing (see `images.mixup`), 0 is none.
+    scale: 0.1 means 0.9 to 1.1.  mixup, cutmix: alpha of the batch-level mixing (see `mixing`), 0 is none.
 
     Raises ValueError for a value out of range or two kinds of crop at once.
     """
@@ -51,6 +51,8 @@ class Augment:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"augment.{name} must be at least 0, got {value}")
+        if self.scale == 1:
+            raise ValueError(f"augment.scale must lie below 1, got {self.scale}")
         if self.resized_crop and self.crop_padding:
             raise ValueError(
                 f"augment.resized_crop={self.resized_crop} and augment.crop_padding={self.crop_padding} are two ways "
@@ -184,7 +186,11 @@ def _on_picture(augment: Augment, *, size: int, channels: int, interpolation: st
 
 
 def mixing(augment: Augment, *, num_classes: int, label_smoothing: float) -> Mixup | None:
-    """timm's batch-level mixup and cutmix, or None when both are off; see `images.mixup`."""
+    """timm's mixup and cutmix of a batch, or None when both are off.
+
+    `mix(images, labels) -> images, soft targets [B,num_classes]` changes its batch in place, wants an even batch and
+    draws from numpy's global state: call it inside `seeded(seed, step, rank)` to make it a function of these.
+    """
     if not (augment.mixup or augment.cutmix):
         return None
     return Mixup(

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from spikeformers.data import digits, sources
-from spikeformers.data.augment import Augment, Normalise, TrainTransform, mixing, seeded, to_pixels
+from spikeformers.data.augment import Augment, Normalise, TrainTransform, seeded, to_pixels
 from spikeformers.data.decode import UnreadablePictureError, decode
 
 SOURCES = ("digits", "imagefolder", "parquet", "cifar10", "cifar100", "imagenet")
@@ -94,15 +94,6 @@ def spec_transform(spec: ImageData) -> TrainTransform:
     """The random training transform of `spec`; its `whole` says whether it takes original or fitted pictures."""
     mean, std = statistics(spec)
     return TrainTransform(spec.augment, size=spec.size, mean=mean, std=std, interpolation=spec.interpolation)
-
-
-def mixup(spec: ImageData, *, num_classes: int, label_smoothing: float = 0.0) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, or None when both are off.
-
-    `mix(images, labels) -> images, soft targets [B,num_classes]` changes its batch in place, wants an even batch and
-    draws from numpy's global state: call it inside `seeded(seed, step, rank)` to make it a function of these.
-    """
-    return mixing(spec.augment, num_classes=num_classes, label_smoothing=label_smoothing)
 
 
 class ImageSplit(Dataset):

@@ -175,7 +175,7 @@ def _parquet_files(top: Path, prefixes: tuple[str, ...]) -> list[Path]:
 
 def _class_names(schema: pa.Schema, file: Path) -> tuple[str, ...]:
     """Names from Hugging Face's metadata; () where it has none."""
-    image = schema.field("image").type if "image" in schema.names else None
+    image = schema.field("image").type if "image" in schema.names else pa.null()
     if "label" not in schema.names or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
         raise ValueError(f"{file} must have columns image {{bytes, path}} and label, has {', '.join(schema.names)}")
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))

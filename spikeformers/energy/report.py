@@ -1,0 +1,285 @@
+"""The energy report: layers, stages and total of a network on images, beside the same network counted as an ANN."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spikeformers.energy import conventions
+from spikeformers.energy.conventions import Charge, Convention
+from spikeformers.energy.firing import neurons_of
+from spikeformers.energy.ops import Trace, trace
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One counted operation, per image, averaged over the images.
+
+    `macs`, `dense_macs`: multiply-accumulates of one time step, as executed and re-parameterised; `counted`: those that
+    the convention uses.  `rate`: mean count of an input element in one step, None if the layer is not fed by spikes.
+    `mac_operations`, `sops`: multiply-accumulates and additions over all steps.  `mj`, `ann_mj`: millijoules.
+    """
+
+    name: str
+    stage: str
+    kind: str
+    macs: float
+    dense_macs: float
+    counted: float
+    steps: int
+    rate: float | None
+    mac_operations: float
+    sops: float
+    mj: float
+    ann_mj: float
+
+
+@dataclass(frozen=True)
+class EnergyReport:
+    """Energy of a network per image under one convention; see `measure`.
+
+    `image_mj`: millijoules of every image, in the order given.  `ann_mj`: the same network counted as an ANN.
+    `firing_rate`: mean of count / levels over all elements of all neurons and steps, 0..1.
+    `spikes_per_image`: counts of all neurons and steps, mean over images.
+    """
+
+    layers: tuple[Layer, ...]
+    rules: Convention
+    steps: int
+    image_mj: tuple[float, ...]
+    ann_mj: float
+    firing_rate: float
+    spikes_per_image: float
+
+    @property
+    def convention(self) -> str:
+        """Name of the convention; `rules` is the convention itself."""
+        return self.rules.name
+
+    @property
+    def images(self) -> int:
+        """Number of images measured."""
+        return len(self.image_mj)
+
+    @property
+    def total_mj(self) -> float:
+        """Millijoules of an image, mean over the images."""
+        return math.fsum(self.image_mj) / self.images
+
+    @property
+    def sd_mj(self) -> float:
+        """Standard deviation over the images (n - 1); 0 for one image."""
+        if self.images < 2:
+            return 0.0
+        mean = self.total_mj
+        return math.sqrt(math.fsum((mj - mean) ** 2 for mj in self.image_mj) / (self.images - 1))
+
+    def stages(self) -> dict[str, dict[str, float]]:
+        """Sums over the layers of each stage (first part of their names), in network order: mj, ann_mj, sops, macs."""
+        sums: dict[str, dict[str, float]] = {}
+        for layer in self.layers:
+            stage = sums.setdefault(layer.stage, {"mj": 0.0, "ann_mj": 0.0, "sops": 0.0, "macs": 0.0})
+            stage["mj"] += layer.mj
+            stage["ann_mj"] += layer.ann_mj
+            stage["sops"] += layer.sops
+            stage["macs"] += layer.counted
+        return sums
+
+    def table(self) -> str:
+        """The report as aligned text: a line a layer, a line a stage, the totals and the convention.
+
+        "real" in the column of rates marks a layer that real numbers feed, not spikes.
+        """
+        head = ("layer", "kind", "MACs M", "dense M", "T", "rate", "SOPs M", "mJ", "ANN mJ")
+        rows = [head]
+        for layer in self.layers:
+            rate = "real" if layer.rate is None else f"{layer.rate:.4f}"
+            sizes = (f"{layer.macs / 1e6:.3f}", f"{layer.dense_macs / 1e6:.3f}", str(layer.steps), rate)
+            energy = (f"{layer.sops / 1e6:.3f}", f"{layer.mj:.6f}", f"{layer.ann_mj:.6f}")
+            rows.append((layer.name, layer.kind, *sizes, *energy))
+        rows.append(("",) * len(head))
+        for name, stage in self.stages().items():
+            energy = (f"{stage['sops'] / 1e6:.3f}", f"{stage['mj']:.6f}", f"{stage['ann_mj']:.6f}")
+            rows.append((name, "stage", "", "", "", "", *energy))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        aligned = (
+            "  ".join(cell.rjust(width) if column > 1 else cell.ljust(width) for column, (cell, width) in cells)
+            for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
+        )
+        times = f" ({self.ann_mj / self.total_mj:.1f} times as much)" if self.total_mj > 0 else ""
+        return "\n".join(
+            [
+                *(line.rstrip() for line in aligned),
+                f"Energy per image: {self.total_mj:.6f} mJ, sd {self.sd_mj:.6f} over {self.images} image"
+                + ("s" if self.images > 1 else ""),
+                f"Same network as an ANN (T=1, {self.rules.mac_pj:g} pJ each MAC): {self.ann_mj:.6f} mJ{times}",
+                f"Firing rate {100 * self.firing_rate:.2f} %, {self.spikes_per_image:,.0f} spikes, T={self.steps}",
+                self.rules.describe(),
+            ]
+        )
+
+    def to_json(self) -> dict:
+        """Everything in the report as what `json.dumps` writes."""
+        return {
+            "convention": asdict(self.rules),
+            "description": self.rules.describe(),
+            "images": self.images,
+            "steps": self.steps,
+            "total_mj": self.total_mj,
+            "sd_mj": self.sd_mj,
+            "ann_mj": self.ann_mj,
+            "firing_rate": self.firing_rate,
+            "spikes_per_image": self.spikes_per_image,
+            "stages": self.stages(),
+            "layers": [asdict(layer) for layer in self.layers],
+            "image_mj": list(self.image_mj),
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json` to the file `path`."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    def plot(self, path: str | Path) -> Path:
+        """Bar chart of every stage, spiking beside ANN, as the image file `path` (its ending says which kind)."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        stages = self.stages()
+        figure = Figure(figsize=(max(5, 1.1 * len(stages) + 2), 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for offset, key, label in ((-0.2, "mj", f"spiking, T={self.steps}"), (0.2, "ann_mj", "as an ANN")):
+            bars = axes.bar(
+                [i + offset for i in range(len(stages))], [stage[key] for stage in stages.values()], 0.4, label=label
+            )
+            axes.bar_label(bars, fmt="%.2g", fontsize=8)
+        axes.set_xticks(range(len(stages)), list(stages))
+        axes.set_ylabel("mJ per image")
+        axes.set_title(f"{self.total_mj:.4g} mJ, as an ANN {self.ann_mj:.4g} mJ ({self.convention})", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        figure.savefig(path)
+        return Path(path)
+
+
+def measure(
+    model: nn.Module, images: Tensor | Iterable, *, convention: str | Convention = "meta_spikeformer"
+) -> EnergyReport:
+    """Energy of `model` per image, mean and standard deviation over the images.
+
+    images: one batch [B, C, H, W] or [T, B, C, H, W], or a loader of batches, or of tuples that start with a batch.
+    The ANN beside it is the same network under the same convention: its counted MACs run once (T=1), each 4.6 pJ.
+    The model runs in eval mode without gradients and comes back as it was; it needs neurons of spikeformers.neurons,
+    but may otherwise be any torch model.  A model without a door (see neurons.Door) takes [T*B, ...], time-major.
+    Raises ValueError for an unknown convention, no images, images that are not finite, or a model without neurons.
+    """
+    rules = conventions.get(convention)
+    neurons_of(model)
+    tally = _Tally(rules)
+    with _evaluating(model):
+        for batch in _batches(images):
+            tally.add(trace(model, _placed(batch, model)))
+    return tally.report()
+
+
+def _batches(images: Tensor | Iterable) -> Iterator[Tensor]:
+    """The images of every batch."""
+    for batch in (images,) if isinstance(images, Tensor) else images:
+        found = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(found, Tensor):
+            raise ValueError(f"expected batches of images or tuples that start with them, got {type(found).__name__}")
+        if found.shape[0] == 0:
+            raise ValueError(f"a batch without images (shape {tuple(found.shape)}) has no energy per image")
+        if not torch.isfinite(found).all():
+            raise ValueError("the images contain NaN or infinity: check how they were read and normalised")
+        yield found
+
+
+def _placed(images: Tensor, model: nn.Module) -> Tensor:
+    """Images on the device and in the precision of the model."""
+    first = next(model.parameters(), None)
+    return images if first is None else images.to(first.device, first.dtype)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _Tally:
+    """Charges of many batches, gathered by layer name; a layer that runs twice in a pass is one layer."""
+
+    def __init__(self, rules: Convention) -> None:
+        self.rules = rules
+        self.charges: dict[str, list[tuple[Charge, int]]] = {}
+        self.image_mj: list[float] = []
+        self.spikes = 0.0
+        self.sites = 0.0
+        self.steps = 1
+
+    def add(self, found: Trace) -> None:
+        """Take in one forward pass."""
+        energy = torch.zeros(found.images, dtype=torch.float64)
+        for charge in self.rules.charge(found.operations):
+            energy += torch.as_tensor(charge.mj, device="cpu")
+            self.charges.setdefault(charge.operation.name, []).append((charge, found.images))
+        self.image_mj += energy.tolist()
+        self.spikes += float(found.spikes.sum())
+        self.sites += found.sites * found.images
+        self.steps = found.steps
+
+    def report(self) -> EnergyReport:
+        if not self.image_mj:
+            raise ValueError("there are no images to measure: the loader is empty")
+        layers = tuple(self.layer(name, charges) for name, charges in self.charges.items())
+        images = len(self.image_mj)
+        return EnergyReport(
+            layers=layers,
+            rules=self.rules,
+            steps=self.steps,
+            image_mj=tuple(self.image_mj),
+            ann_mj=math.fsum(layer.ann_mj for layer in layers),
+            firing_rate=self.spikes / self.sites,
+            spikes_per_image=self.spikes / images,
+        )
+
+    def layer(self, name: str, charges: list[tuple[Charge, int]]) -> Layer:
+        """Means over all images of what one layer cost."""
+        first = charges[0][0].operation
+
+        def mean(value) -> float:
+            return math.fsum(images * float(value(charge)) for charge, images in charges) / len(self.image_mj)
+
+        def sops(charge: Charge) -> float:
+            return float(torch.as_tensor(charge.sops, dtype=torch.float64).mean())
+
+        counted, fed = mean(lambda c: c.counted), first.rates is not None
+        additions = mean(sops)
+        return Layer(
+            name=name,
+            stage=name.split(".")[0],
+            kind=first.kind,
+            macs=mean(lambda c: c.operation.macs),
+            dense_macs=mean(lambda c: c.operation.dense_macs),
+            counted=counted,
+            steps=first.steps,
+            rate=additions / (counted * first.steps) if fed and counted else None,
+            mac_operations=mean(lambda c: c.mac_operations),
+            sops=additions,
+            mj=mean(lambda c: torch.as_tensor(c.mj, dtype=torch.float64).mean()),
+            ann_mj=mean(lambda c: c.ann_mj),
+        )

@@ -93,7 +93,7 @@ def headline(summary: dict) -> list[dict]:
         tiles.append(tile("Spikes per image", short(summary["spikes_per_image"]), "integer counts summed"))
     if "energy_mj" in summary:
         ann = summary.get("ann_energy_mj")
-        ratio = f"{short(ann)} mJ as an ANN: {ann / summary['energy_mj']:.1f} x" if ann else "an image"
+        ratio = f"{short(ann)} mJ as an ANN: {ann / summary['energy_mj']:.1f}x" if ann else "an image"
         tiles.append(tile("Energy per image", f"{short(summary['energy_mj'])} mJ", ratio))
     if "parameters" in summary:
         tiles.append(tile("Parameters", short(summary["parameters"]), f"{short(summary.get('size_mb', 0))} MB on disk"))
@@ -185,7 +185,7 @@ def draw(title: str, series: dict[str, list[tuple[float, float]]], x_label: str)
         corners = " ".join(f"{x},{y}" for x, y in places)
         lines.append(Line(name, corners, places[-1], short(points[-1][1])))
     shown = [(across(x), f"{x:g}") for x in x_ticks if low_x <= x <= high_x]
-    return Curve(title, lines, shown, [(up(y), f"{y:.6g}") for y in y_ticks], x_label)
+    return Curve(title, lines, shown, [(up(y), tick_label(y)) for y in y_ticks], x_label)
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -197,6 +197,14 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def tick_label(value: float) -> str:
+    """At most about five letters: 0.25, 1000, 2e-4."""
+    text = f"{value:.6g}"
+    if len(text) > 5:
+        text = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e")
+    return text
 
 
 def confusion_table(summary: dict | None) -> dict | None:
@@ -337,7 +345,7 @@ def plain(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, list):
-        return ", ".join(plain(item) for item in value)
+        return ", ".join(plain(item) for item in value) or "–"
     return str(value) or "–"
 
 

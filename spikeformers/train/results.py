@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits, never an exponent within the range that people meet: 0.000412, 3.14, 1,280, 4.1 M."""
+    """Three significant digits: 4.1e-6, 0.000412, 3.14, 1,280, 4.12 M."""
     if not math.isfinite(value):
         return str(value)
     for limit, letter in ((1e9, " G"), (1e6, " M")):
@@ -31,9 +31,9 @@ def short(value: float) -> str:
             return f"{value / limit:.3g}{letter}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if value == 0 or abs(value) < 1e-6:
-        return f"{value:.3g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.1e}".replace("e-0", "e-")
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{digits}f}"
 
 

@@ -1,0 +1,266 @@
+"""Training step and inference of Meta-SpikeFormer beside the same network with spikingjelly 2.0's neurons, in one run.
+
+Both networks are one object, built once and deep-copied; in the copy every neuron is replaced by spikingjelly's LIFNode
+or ILIFNode behind an adapter that unfolds [T*B, ...] to [T, B, ...]. Before anything is timed, both must give equal
+spikes and equal logits. A training step is forward, cross-entropy and backward, without an optimiser; spikingjelly's
+`reset_net` belongs to its time, since its neurons keep their state until it is called. Repeats are interleaved (ours
+first, theirs first, in turn), so that other load on the machine falls on both.
+
+    pip install "spikingjelly>=2.0,<2.1" && python benchmarks/speed.py --threads 2 --json benchmarks/results/speed.json
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import Tensor, nn
+
+import spikeformers as sf
+from spikeformers.neurons import ILIF, LIF, Neuron
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair of networks to time: the neuron by our name, and its steps."""
+
+    neuron: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.neuron} T={self.steps}" + (" D=4" if self.neuron == "i_lif" else "")
+
+
+CASES = (Case("lif", 1), Case("lif", 4), Case("i_lif", 1))
+
+
+class Peer(nn.Module):
+    """A multi-step neuron of spikingjelly where tensors are [T*B, ...]."""
+
+    def __init__(self, node: nn.Module, *, steps: int) -> None:
+        super().__init__()
+        self.node = node
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(x.unflatten(0, (self.steps, x.shape[0] // self.steps))).flatten(0, 1)
+
+
+def peer_of(ours: Neuron) -> Peer:
+    """spikingjelly's counterpart of one of our neurons. Raises ValueError if it has none."""
+    if isinstance(ours, LIF):
+        node = neuron.LIFNode(
+            tau=ours.tau,
+            decay_input=ours.decay_input,
+            v_threshold=ours.threshold,
+            v_reset=ours.v_reset,
+            surrogate_function=surrogate.Sigmoid(alpha=ours.surrogate.slope),
+            detach_reset=ours.detach_reset,
+            step_mode="m",
+        )
+    elif isinstance(ours, ILIF) and ours.steps == 1:
+        # At one step from rest the membrane's decay plays no part, so any tau gives our stateless counts.
+        node = neuron.ILIFNode(
+            v_threshold=ours.threshold,
+            surrogate_function=surrogate.MultiLevelSpikeCount(ours.levels),
+            step_mode="m",
+        )
+    else:
+        raise ValueError(f"spikingjelly has no counterpart of {ours}")
+    return Peer(node, steps=ours.steps)
+
+
+def build_pair(name: str, case: Case, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Our network and its copy with spikingjelly's neurons; random weights under which every kind of neuron fires."""
+    torch.manual_seed(0)
+    ours = sf.create_model(name, neuron=case.neuron, steps=case.steps).to(images.device)
+    with torch.no_grad():
+        for path, module in ours.named_modules():
+            if path.endswith(("q_conv.bn3", "k_conv.bn3", "v_conv.bn3")):
+                module.bias.fill_(1.0)  # attention is silent at initialisation otherwise, and equality would be empty
+        norms = [module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)]
+        momentum = {norm: norm.momentum for norm in norms}
+        for norm in norms:
+            norm.momentum = 1.0  # running statistics of these very images, so that neurons fire in eval mode as well
+        ours(images)
+        for norm in norms:
+            norm.momentum = momentum[norm]
+    theirs = copy.deepcopy(ours)
+    for path, module in ours.named_modules():
+        if isinstance(module, Neuron):
+            theirs.set_submodule(path, peer_of(module))
+    return ours, theirs
+
+
+def spikes_of(model: nn.Module, images: Tensor, kind: type[nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
+    """Output of every module of `kind` by name, and the logits, from one forward pass without gradients."""
+    fired: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: fired.__setitem__(name, out))
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    ]
+    with torch.no_grad():
+        logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return fired, logits
+
+
+def check_equal(ours: nn.Module, theirs: nn.Module, images: Tensor) -> dict:
+    """Compare both networks in train and eval mode. Raises ValueError unless every spike and logit is equal."""
+    found: dict = {}
+    for training in (True, False):
+        # Copies: a forward pass in train mode moves the running statistics.
+        pair = [copy.deepcopy(model).train(training) for model in (ours, theirs)]
+        spikes, logits = spikes_of(pair[0], images, Neuron)
+        peer_spikes, peer_logits = spikes_of(pair[1], images, Peer)
+        mode = "train" if training else "eval"
+        differing = [name for name in spikes if not torch.equal(spikes[name], peer_spikes[name])]
+        if differing or spikes.keys() != peer_spikes.keys():
+            raise ValueError(f"{mode}: spikes differ from {differing[:3]}; a timing of different networks says nothing")
+        if not torch.equal(logits, peer_logits):
+            raise ValueError(f"{mode}: logits differ by {(logits - peer_logits).abs().max():.3g}")
+        found[mode] = {
+            "neurons": len(spikes),
+            "neurons_that_fired": sum(bool(s.any()) for s in spikes.values()),
+            "mean_count": sum(float(s.double().sum()) for s in spikes.values())
+            / sum(s.numel() for s in spikes.values()),
+        }
+    return found
+
+
+def step_of(model: nn.Module, images: Tensor, targets: Tensor, *, training: bool, peer: bool) -> Callable[[], None]:
+    """A function of no arguments that runs one training step or one inference of `model`."""
+
+    def train_step() -> None:
+        model.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(images), targets).backward()
+        if peer:
+            functional.reset_net(model)
+
+    @torch.no_grad()
+    def infer() -> None:
+        model(images)
+        if peer:
+            functional.reset_net(model)
+
+    model.train(training)
+    return train_step if training else infer
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], None], theirs: Callable[[], None], *, repeats: int, device: torch.device) -> dict:
+    """Medians over `repeats` interleaved calls after one warm-up each; ratio = ours / theirs, below 1 is faster."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    steps = {"ours": ours, "theirs": theirs}
+    for step in steps.values():
+        seconds_of(step, device)
+    for repeat in range(repeats):
+        for key in ("ours", "theirs") if repeat % 2 == 0 else ("theirs", "ours"):
+            times[key].append(seconds_of(steps[key], device))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    return {
+        "ours_ms": round(1e3 * medians["ours"], 2),
+        "theirs_ms": round(1e3 * medians["theirs"], 2),
+        "ratio": round(medians["ours"] / medians["theirs"], 4),
+        "ratio_of_fastest": round(min(times["ours"]) / min(times["theirs"]), 4),
+        "paired_ratios": [round(a / b, 4) for a, b in zip(times["ours"], times["theirs"], strict=True)],
+    }
+
+
+def hardware() -> str:
+    """Name of the processor (and of the accelerator, if there is one)."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores" + (
+        f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Meta-SpikeFormer beside spikingjelly's neurons: time ours / theirs.")
+    parser.add_argument("--models", nargs="+", default=["meta_spikeformer_15m"])
+    parser.add_argument("--size", type=int, default=112, help="pixels of the square images")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    images = torch.rand(options.batch, 3, options.size, options.size, device=device)
+    targets = torch.arange(options.batch, device=device)
+    print(
+        f"{hardware()}; {options.threads} threads; batch {options.batch} of {options.size} px; torch {version('torch')}"
+    )
+    print(f"{'model':22}{'neuron':14}{'what':12}{'ours':>10}{'theirs':>10}{'ratio':>8}   ratio of the fastest")
+    rows, checks = [], {}
+    load_before = os.getloadavg()
+    for name in options.models:
+        for case in CASES:
+            ours, theirs = build_pair(name, case, images)
+            checks[f"{name} {case}"] = check_equal(ours, theirs, images)
+            for what, training in (("inference", False), ("train step", True)):
+                steps = [
+                    step_of(model, images, targets, training=training, peer=model is theirs) for model in (ours, theirs)
+                ]
+                row = compare(*steps, repeats=options.repeats, device=device)
+                rows.append({"model": name, "neuron": case.neuron, "steps": case.steps, "what": what, **row})
+                print(
+                    f"{name:22}{case!s:14}{what:12}{row['ours_ms']:>8.1f}ms{row['theirs_ms']:>8.1f}ms"
+                    f"{row['ratio']:>8.3f}   {row['ratio_of_fastest']:.3f}",
+                    flush=True,
+                )
+    if options.json:
+        result = {
+            "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+            "hardware": hardware(),
+            "device": options.device,
+            "threads": options.threads,
+            "load_average_before_after": [round(load_before[0], 2), round(os.getloadavg()[0], 2)],
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("torch", "spikeformers", "spikingjelly")},
+            },
+            "batch": options.batch,
+            "size": options.size,
+            "repeats": options.repeats,
+            "ratio": "time ours / time theirs, medians of interleaved repeats; below 1 means ours is faster",
+            "equal_spikes_and_logits": checks,
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ sub-commands that compute, not here, so that help is quick.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -114,8 +115,9 @@ def train(arguments: Namespace) -> None:
             results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
         else:
             results = {run: run_training(recipe, **common)}
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"resume with: {resume_command(arguments, run)}") from None
+    except KeyboardInterrupt as stop:
+        where = f"{stop}; " if str(stop) else ""
+        raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run)}") from None
     for folder, summary in results.items() if is_main_process() else ():
         print_results(summary, write_report(folder))
     if len(seeds) > 1 and is_main_process():
@@ -125,14 +127,14 @@ def train(arguments: Namespace) -> None:
 def evaluate(arguments: Namespace) -> None:
     """Test the final model of a run again on the whole test split."""
     from spikeformers.data.images import load_split
+    from spikeformers.train.evaluate import batches_of
     from spikeformers.train.evaluate import evaluate as run_test
-    from spikeformers.train.evaluate import test_loader
     from spikeformers.train.results import print_facts
     from spikeformers.train.saved import read_run
 
     model, recipe, _ = read_run(Path(arguments.run))
     split = load_split(recipe.data, "test", seed=recipe.seed)
-    found = run_test(model, test_loader(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    found = run_test(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
     rows = [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
     if split.skipped:
         rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
@@ -178,11 +180,17 @@ def measure(arguments: Namespace) -> None:
 
 def import_weights(arguments: Namespace) -> None:
     """Turn an authors' checkpoint into a model folder and say what was dropped."""
-    from spikeformers.weights import import_checkpoint
+    from spikeformers import create_model, load_official
+    from spikeformers.weights import read_checkpoint
 
-    overrides = dict(split_assignment(each) for each in arguments.set)
-    print(import_checkpoint(arguments.file, arguments.model, arguments.out, overrides))
-    print(f"written: {arguments.out}")
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not empty: choose another --out")
+    overrides = {name: literal(text) for name, text in map(split_assignment, arguments.set)}
+    model = create_model(arguments.model, **overrides)
+    print(load_official(model, read_checkpoint(arguments.file)))
+    model.save_pretrained(out)
+    print(f"written: {out}")
 
 
 def report(arguments: Namespace) -> None:
@@ -222,6 +230,14 @@ def split_assignment(text: str) -> tuple[str, str]:
     if not equals or not path:
         raise ValueError(f"--set takes a.b=c, got {text!r}; other arguments must stand before --set")
     return path, value
+
+
+def literal(text: str) -> object:
+    """What `text` spells as a Python literal (`8,16,32,40` is a tuple), or `text` itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def read_seeds(text: str) -> list[int]:
@@ -278,16 +294,16 @@ def energy_subject(source: str, images: int) -> tuple["nn.Module", "DataLoader |
 
     from spikeformers import create_model, list_models
     from spikeformers.data.images import load_split
-    from spikeformers.train.evaluate import test_loader
+    from spikeformers.train.evaluate import batches_of
     from spikeformers.train.saved import read_run, read_trained
 
     if (Path(source) / "recipe.json").is_file():
         model, recipe, _ = read_run(Path(source))
         split = load_split(recipe.data, "test", seed=recipe.seed)
         count = min(images or RUN_IMAGES, len(split))
-        loader = test_loader(split, batch_size=recipe.batch_size, images=count)
+        loader = batches_of(split, batch_size=recipe.batch_size, images=count)
         return model, loader, f"{source}: trained weights, {count} images of its test split"
-    if source in list_models() or not Path(source).is_dir():
+    if source in list_models() or not (Path(source).is_dir() or "/" in source):
         model, weights = create_model(source).eval(), "RANDOM weights"
     else:
         model, weights = read_trained(source)[0], "saved weights"

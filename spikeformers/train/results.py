@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from spikeformers.train.summary import Summary, spread
+if TYPE_CHECKING:  # it brings torch and accelerate, which a list of models does not need
+    from spikeformers.train.summary import Summary
 
 NAMED = 5  # test images named one by one on a line
 
@@ -37,7 +39,7 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def print_results(summary: Summary, report: Path) -> None:
+def print_results(summary: "Summary", report: Path) -> None:
     """What a run achieved."""
     ann = f"{short(summary.ann_energy_mj)} mJ"
     if summary.energy_mj:
@@ -68,8 +70,10 @@ def agreement(found: dict) -> str:
     return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}"
 
 
-def print_spread(seeds: Sequence[int], results: Sequence[Summary]) -> None:
+def print_spread(seeds: Sequence[int], results: "Sequence[Summary]") -> None:
     """Mean and standard deviation (of a sample: n - 1) over the seeds."""
+    from spikeformers.train.summary import spread
+
     rows = []
     for name, label, factor, unit in (
         ("accuracy", "Test accuracy", 100, "%"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from spikeformers.layers.rep_conv import RepConv
@@ -60,7 +60,7 @@ class _SpikeAttention(nn.Module):
         """Threshold of the neuron that turns mixed values into spikes."""
         return ATTENTION_THRESHOLD
 
-    def split(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB M K N"]:
+    def split(self, x: Real[Tensor, "TB C H W"]) -> Float[Tensor, "TB M K N"]:
         """Channels to heads (channel c = head * K + j), pixels to tokens."""
         return x.flatten(2).unflatten(1, (self.heads, -1))
 
@@ -68,7 +68,7 @@ class _SpikeAttention(nn.Module):
 class SDSA1(_SpikeAttention):
     """Q * SN(sum over tokens of K * V): O(N C), masks and additions only. [TB, C, H, W] -> [TB, C, H, W]."""
 
-    def forward(self, spikes: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         q, k, v = self.q(self.q_conv(spikes)), self.k(self.k_conv(spikes)), self.v(self.v_conv(spikes))
         return self.proj(q * self.attn((k * v).sum((2, 3), keepdim=True)))
 
@@ -78,7 +78,7 @@ class SDSA2(_SpikeAttention):
 
     operands: ClassVar[tuple[str, ...]] = ("q", "v")
 
-    def forward(self, spikes: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         q, v = self.q(self.q_conv(spikes)), self.v(self.v_conv(spikes))
         return self.proj(self.attn(q.sum((2, 3), keepdim=True)) * v)
 
@@ -88,7 +88,7 @@ class SDSA3(_SpikeAttention):
 
     scale: ClassVar[float] = 0.125  # fixed in the authors' code whatever the head width
 
-    def forward(self, spikes: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         q, k, v = self.q(self.q_conv(spikes)), self.k(self.k_conv(spikes)), self.v(self.v_conv(spikes))
         mixed = spike_attention(self.split(q), self.split(k), self.split(v)) * self.scale
         return self.proj(self.attn(mixed.reshape(spikes.shape)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from spikeformers.attention import SDSA
@@ -54,7 +54,7 @@ class ConvBlock(nn.Module):
         self.channel_shortcut = shortcut(neuron=neuron)
         self.channel_conv = channel_mixer(dim, neuron=neuron)
 
-    def forward(self, u: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, u: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         if self.sep_conv is not None:
             u = self.sep_shortcut(u, self.sep_conv)
         return self.channel_shortcut(u, self.channel_conv)
@@ -72,7 +72,7 @@ class TransformerBlock(nn.Module):
         self.mlp_shortcut = shortcut(neuron=neuron)
         self.mlp = channel_mixer(dim, neuron=neuron)
 
-    def forward(self, u: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, u: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         u = self.attn_shortcut(u, self.attn)
         return self.mlp_shortcut(u, self.mlp)
 
@@ -88,7 +88,7 @@ class MetaSpikeFormerConfig:
     `distillation` adds the second classifier of DeiT: a pair of logits in training, their mean in evaluation.
     """
 
-    dims: tuple[int, int, int, int] = (96, 192, 384, 480)
+    dims: tuple[int, ...] = (96, 192, 384, 480)
     num_classes: int = 1000
     in_channels: int = 3
     steps: int = 1
@@ -96,9 +96,9 @@ class MetaSpikeFormerConfig:
     levels: int = 4
     heads: int = 8
     mlp_ratio: int = 4
-    blocks: tuple[int, int, int, int, int] = (1, 1, 2, 6, 2)
-    strides: tuple[int, int, int, int, int] = (2, 2, 2, 2, 1)
-    kinds: tuple[str, str, str, str, str] = ("conv", "conv", "conv", "transformer", "transformer")
+    blocks: tuple[int, ...] = (1, 1, 2, 6, 2)
+    strides: tuple[int, ...] = (2, 2, 2, 2, 1)
+    kinds: tuple[str, ...] = ("conv", "conv", "conv", "transformer", "transformer")
     conv_token_mixer: str | Mixer = "sep_conv"
     conv_channel_mixer: str | Mixer = "conv"
     attention: str | Mixer = "sdsa3"
@@ -227,7 +227,7 @@ class MetaSpikeFormer(Pretrained):
         """Time steps T that the model runs; change them with `set_steps`."""
         return self.door.steps
 
-    def forward_features(self, x: Tensor) -> list[Float[Tensor, "TB _ _ _"]]:
+    def forward_features(self, x: Tensor) -> list[Real[Tensor, "TB _ _ _"]]:
         """Membrane maps of all levels, fine to coarse, time folded into the batch."""
         x = self.door(x)
         maps = []

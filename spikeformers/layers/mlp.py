@@ -4,7 +4,7 @@ Paper: Meta-SpikeFormer, Eq. 10 (ChannelConv) and Eqs. 3, 13 (ChannelMLP). The f
 Departures from the paper: batch norms after both convolutions, as in the authors' code.
 """
 
-from jaxtyping import Float
+from jaxtyping import Real
 from torch import Tensor, nn
 
 from spikeformers.layers.conv_bn import ConvBN
@@ -20,7 +20,7 @@ class ChannelConv(nn.Module):
         self.neuron = neuron()
         self.conv2 = ConvBN(ratio * dim, dim, kernel, bias=bias)
 
-    def forward(self, spikes: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
         return self.conv2(self.neuron(self.conv1(spikes)))
 
 

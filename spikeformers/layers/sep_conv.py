@@ -5,7 +5,7 @@ none between Conv_dw and Conv_pw2, as in the equation, so Conv_pw2 sees real num
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from spikeformers.layers.conv_bn import ConvBN, bn_affine, conv2d_from
@@ -22,7 +22,7 @@ class SepConv(nn.Module):
         self.dw = nn.Conv2d(2 * dim, 2 * dim, kernel, padding=kernel // 2, groups=2 * dim, bias=False)
         self.pw2 = ConvBN(2 * dim, dim, 1)
 
-    def forward(self, spikes: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Float[Tensor, "TB C H W"]:
         return self.pw2(self.dw(self.neuron(self.pw1(spikes))))
 
     @torch.no_grad()

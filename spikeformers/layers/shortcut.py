@@ -7,7 +7,7 @@ A shortcut owns its neuron; a branch maps spikes to currents, so that any mixer 
 from collections.abc import Callable
 from typing import ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Real
 from torch import Tensor, nn
 
 from spikeformers.neurons import NeuronBuilder
@@ -24,7 +24,7 @@ class MembraneShortcut(nn.Module):
         super().__init__()
         self.neuron = neuron()
 
-    def forward(self, u: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+    def forward(self, u: Real[Tensor, "TB C H W"], branch: Branch) -> Real[Tensor, "TB C H W"]:
         return u + branch(self.neuron(u))
 
 
@@ -33,7 +33,7 @@ class SpikeElementWiseShortcut(MembraneShortcut):
 
     carries_spikes: ClassVar[bool] = True
 
-    def forward(self, s: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+    def forward(self, s: Real[Tensor, "TB C H W"], branch: Branch) -> Real[Tensor, "TB C H W"]:
         return s + self.neuron(branch(s))
 
 
@@ -42,7 +42,7 @@ class VanillaShortcut(MembraneShortcut):
 
     carries_spikes: ClassVar[bool] = True
 
-    def forward(self, s: Float[Tensor, "TB C H W"], branch: Branch) -> Float[Tensor, "TB C H W"]:
+    def forward(self, s: Real[Tensor, "TB C H W"], branch: Branch) -> Real[Tensor, "TB C H W"]:
         return self.neuron(branch(s) + s)
 
 

@@ -9,50 +9,9 @@ Departures from the papers: as in the released code there is no membrane between
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
 
 from spikeformers.neurons.neuron import Neuron
-
-
-class _HalfEven(Function):
-    """round(clip(x, 0, D)); gradient 1 where 0 <= x <= D. The window is one byte an element, nothing else is kept."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-        # Clamp first: beyond D the rounding would otherwise see values that the window has already excluded.
-        return x.clamp(0, levels).round(), (x >= 0) & (x <= levels)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        (window,) = ctx.saved_tensors
-        return grad * window, None
-
-
-class _HalfUp(Function):
-    """floor(clip(x, 0, D) + 1/2); gradient 1 where 0 < x < D."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-        return (x.clamp(0, levels) + 0.5).floor(), (x > 0) & (x < levels)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        (window,) = ctx.saved_tensors
-        return grad * window, None
+from spikeformers.neurons.surrogate import round_half_even, round_half_up
 
 
 def i_lif(current: Float[Tensor, " TB *shape"], *, levels: int) -> Float[Tensor, " TB *shape"]:
@@ -63,7 +22,7 @@ def i_lif(current: Float[Tensor, " TB *shape"], *, levels: int) -> Float[Tensor,
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    return _HalfEven.apply(current, levels)[0]
+    return round_half_even(current, levels)
 
 
 def ni_lif(current: Float[Tensor, " TB *shape"], *, levels: int) -> Float[Tensor, " TB *shape"]:
@@ -85,7 +44,7 @@ def ie_lif(
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    return _HalfUp.apply(gain * current, levels)[0] * unit
+    return round_half_up(gain * current, levels) * unit
 
 
 class _IntegerNeuron(Neuron):
@@ -155,4 +114,4 @@ class IELIF(_IntegerNeuron):
         return super().charge(self.gain * current, membrane)
 
     def spike(self, h: Tensor) -> Tensor:
-        return _HalfUp.apply(h, self.levels)[0] * self.unit
+        return round_half_up(h, self.levels) * self.unit

@@ -1,4 +1,4 @@
-"""Spike functions: a Heaviside step forward, a smooth surrogate derivative backward.
+"""Step functions with derivatives of our choice: one step (a spike) and the staircases of integer neurons.
 
 Source: Neftci et al., "Surrogate Gradient Learning in Spiking Neural Networks", 2019. The sigmoid of slope 4 is what
 the authors of Spikformer and Meta-SpikeFormer train with.
@@ -102,3 +102,54 @@ class Rectangle:
 
 Surrogate = Callable[[Tensor], Tensor]
 """Maps membrane minus threshold to spikes 0/1 (1 where the distance is >= 0) and owns the derivative."""
+
+
+class _HalfEven(Function):
+    """round(clip(x, 0, D)); gradient 1 where 0 <= x <= D. The window is one byte an element, nothing else is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        # Clamp first: beyond D the rounding would otherwise see values that the window has already excluded.
+        return x.clamp(0, levels).round(), (x >= 0) & (x <= levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (window,) = ctx.saved_tensors
+        return grad * window, None
+
+
+class _HalfUp(Function):
+    """floor(clip(x, 0, D) + 1/2); gradient 1 where 0 < x < D."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        return (x.clamp(0, levels) + 0.5).floor(), (x > 0) & (x < levels)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (window,) = ctx.saved_tensors
+        return grad * window, None
+
+
+def round_half_even(x: Tensor, levels: int) -> Tensor:
+    """round(clip(x, 0, levels)), half to even; gradient 1 where 0 <= x <= levels, else 0."""
+    return _HalfEven.apply(x, levels)[0]
+
+
+def round_half_up(x: Tensor, levels: int) -> Tensor:
+    """floor(clip(x, 0, levels) + 1/2); gradient 1 where 0 < x < levels, else 0."""
+    return _HalfUp.apply(x, levels)[0]

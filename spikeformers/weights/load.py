@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} refused: it is damaged, or it wants to run code when read ({str(error).splitlines()[0]}). "
             "Only tensors and plain containers are read; ask its author for a state_dict or safetensors file"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -1,0 +1,177 @@
+"""Checkpoints: strict, safe, and clear about what does not fit."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spikeformers.weights import load_backbone, load_official, load_strict, read_checkpoint
+from spikeformers.weights.meta_spikeformer import LAYERS, STAGES, describe_widths, own_key
+from spikeformers.zoo import create_model, from_pretrained, import_checkpoint
+
+TINY = {"dims": (8, 16, 32, 40), "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def official(pytestconfig) -> dict[str, torch.Tensor]:
+    tensors = load_file(pytestconfig.rootpath / "tests" / "parity" / "meta_spikeformer.safetensors")
+    return {key[6:]: tensor for key, tensor in tensors.items() if key.startswith("state.")}
+
+
+def model_of(**overrides) -> torch.nn.Module:
+    return create_model("meta_spikeformer_15m", **(TINY | overrides))
+
+
+def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def unchanged(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_every_official_key_has_one_name_of_ours(official):
+    model = model_of(distillation=True)
+    assert {own_key(key) for key in official} == set(model.state_dict())
+    assert len(set(STAGES.values())) == len(STAGES)
+    assert len(set(LAYERS.values())) == len(LAYERS)
+    assert own_key("block3.6.attn.q_conv.1.weight") is None
+
+
+def test_a_distillation_head_is_dropped_and_reported(official):
+    report = load_official(model_of(), official)
+    assert report.dropped == ("head_kd.bias", "head_kd.weight")
+    assert "dropped from the file: head_kd.bias, head_kd.weight" in str(report)
+
+
+def test_segmentation_and_detection_files_load_without_a_classifier(official):
+    backbone = {f"backbone.{k}": v for k, v in official.items() if not k.startswith("head")}
+    model = model_of()
+    before = model.head.weight.clone()
+    report = load_official(model, {"state_dict": backbone | {"decode_head.conv.weight": torch.zeros(1)}})
+    assert report.kept == ("head.weight", "head.bias")
+    assert report.dropped == ("decode_head.conv.weight",)
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.stage1a.down.conv.conv.weight, official["downsample1_1.encode_conv.weight"])
+
+
+def test_checkpoints_of_another_width_say_which_size_they_look_like(official):
+    model = model_of(dims=(16, 32, 64, 80))
+    before = values(model)
+    with pytest.raises(ValueError, match=r"looks like dims=\(8, 16, 32, 40\)"):
+        load_official(model, official)
+    assert unchanged(model, before)
+    with torch.device("meta"):
+        assert "meta_spikeformer_31m" in describe_widths(create_model("meta_spikeformer_31m").state_dict())
+
+
+def test_a_missing_or_foreign_tensor_is_refused_and_nothing_changes(official):
+    model = model_of()
+    before = values(model)
+    short = {k: v for k, v in official.items() if k != "block3.2.mlp.fc1_conv.weight"}
+    with pytest.raises(ValueError, match=r"stage3\.block2\.mlp\.conv1\.conv\.weight"):
+        load_official(model, short)
+    with pytest.raises(ValueError, match="block9"):
+        load_official(model, official | {"block9.weight": torch.zeros(1)})
+    assert unchanged(model, before)
+
+
+def test_the_authors_pickles_are_read_without_running_code(official, tmp_path):
+    content = {"model": official, "epoch": 3, "args": argparse.Namespace(blr=6e-4), "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "authors.pth")
+    assert read_checkpoint(tmp_path / "authors.pth").keys() == official.keys()
+
+
+class Attack:
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (self.flag,)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path):
+    flag = tmp_path / "code-ran"
+    torch.save({"model": Attack(str(flag))}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"model": Attack(str(flag))}))
+    for name in ("evil.pth", "evil.pkl"):
+        with pytest.raises(ValueError, match="refused"):
+            read_checkpoint(tmp_path / name)
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "text.pth", "empty.safetensors"])
+def test_damaged_files_give_one_clear_error(name, tmp_path, official):
+    path = tmp_path / name
+    if name.startswith("cut"):
+        whole = tmp_path / f"whole{path.suffix}"
+        save_file(official, whole) if path.suffix == ".safetensors" else torch.save(official, whole)
+        path.write_bytes(whole.read_bytes()[:50_000])
+    else:
+        path.write_text("no checkpoint" if name.startswith("text") else "")
+    with pytest.raises(ValueError, match=name):
+        read_checkpoint(path)
+
+
+def test_import_writes_a_model_that_loads_and_says_what_it_dropped(official, tmp_path):
+    torch.save({"model": official}, tmp_path / "kd.pth")
+    said = import_checkpoint(
+        tmp_path / "kd.pth", name="meta_spikeformer_15m", out=tmp_path / "out", overrides={"dims": TINY["dims"]}
+    )
+    assert "head_kd.weight" in said
+    model = from_pretrained(tmp_path / "out")
+    assert torch.equal(model.head.weight, official["head.weight"])
+    assert not model.training
+
+
+def test_a_failed_import_leaves_nothing_behind(official, tmp_path):
+    save_file(official, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="looks like"):
+        import_checkpoint(
+            tmp_path / "small.safetensors", name="meta_spikeformer_15m", out=tmp_path / "out", overrides={}
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "run", "safetensors", "official"])
+def test_every_backbone_weight_arrives_and_a_new_classifier_is_xavier(kind, official, tmp_path):
+    source = model_of()
+    load_official(source, official)
+    path = tmp_path / "source"
+    if kind in ("folder", "run"):
+        source.save_pretrained(path if kind == "folder" else path / "model")
+    elif kind == "safetensors":
+        path = tmp_path / "source.safetensors"
+        save_file(source.state_dict(), path)
+    else:
+        path = tmp_path / "source.pth"
+        torch.save({"model": official}, path)
+    model = model_of(num_classes=3)
+    report = load_backbone(model, path)
+    loaded = model.state_dict()
+    for key, tensor in source.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(loaded[key], tensor), key
+    assert set(report.kept) == {"head.weight", "head.bias"}
+    bound = (6 / (40 + 3)) ** 0.5
+    assert 0.5 * bound < model.head.weight.abs().max() <= bound
+    assert model.head.bias.abs().max() == 0
+
+
+def test_a_backbone_of_another_width_is_refused(tmp_path):
+    model_of(dims=(8, 16, 32, 48)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="looks like"):
+        load_backbone(model_of(), tmp_path / "other")
+    with pytest.raises(ValueError, match="neither a run nor a saved model"):
+        load_backbone(model_of(), tmp_path)
+
+
+def test_strict_loading_names_what_is_missing():
+    model = model_of()
+    weights = values(model)
+    del weights["head.bias"]
+    with pytest.raises(ValueError, match=r"1 missing \(head.bias\)"):
+        load_strict(model, weights)

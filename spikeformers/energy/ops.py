@@ -87,7 +87,7 @@ class _SpikeMarks(TorchFunctionMode):
             ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "__get__")
         )
         | frozenset(("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"))
-        | frozenset(("__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"))
+        | frozenset(("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"))
     )
 
     def __init__(self) -> None:

@@ -235,7 +235,7 @@ class _Tally:
         """Take in one forward pass."""
         energy = torch.zeros(found.images, dtype=torch.float64)
         for charge in self.rules.charge(found.operations):
-            energy += torch.as_tensor(charge.mj, device="cpu")
+            energy += torch.as_tensor(charge.mj, dtype=torch.float64, device="cpu")
             self.charges.setdefault(charge.operation.name, []).append((charge, found.images))
         self.image_mj += energy.tolist()
         self.spikes += float(found.spikes.sum())

@@ -67,7 +67,8 @@ def usage(error: argparse.ArgumentError) -> str:
     """The parser's complaint in the words of the help: no dotted keys, no class names."""
     text = re.sub(r"required: (.*)", lambda hit: "required: " + re.sub(r"(\w+\.)+", "", hit[1]), str(error))
     text = re.sub(r'Parser key "([^"]+)":\s+Expected an? <class \'(\w+)\'>\. Got value:', r"--\1 must be \2, got", text)
-    return f"{text.strip()} (see `spikeformers --help`)"
+    hint = "; what follows --set belongs to it" if "required: recipe" in text else ""
+    return f"{text.strip()}{hint} (see `spikeformers --help`)"
 
 
 def said(error: Exception) -> str:
@@ -180,17 +181,13 @@ def measure(arguments: Namespace) -> None:
 
 def import_weights(arguments: Namespace) -> None:
     """Turn an authors' checkpoint into a model folder and say what was dropped."""
-    from spikeformers import create_model, load_official
-    from spikeformers.weights import read_checkpoint
+    from spikeformers.zoo import import_checkpoint
 
     out = Path(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty: choose another --out")
     overrides = {name: literal(text) for name, text in map(split_assignment, arguments.set)}
-    model = create_model(arguments.model, **overrides)
-    print(load_official(model, read_checkpoint(arguments.file)))
-    model.save_pretrained(out)
-    print(f"written: {out}")
+    print(import_checkpoint(arguments.file, name=arguments.model, out=out, overrides=overrides))
 
 
 def report(arguments: Namespace) -> None:
@@ -228,7 +225,7 @@ def split_assignment(text: str) -> tuple[str, str]:
     """`a.b=c` -> (`a.b`, `c`)."""
     path, equals, value = text.partition("=")
     if not equals or not path:
-        raise ValueError(f"--set takes a.b=c, got {text!r}; other arguments must stand before --set")
+        raise ValueError(f"--set takes a.b=c, got {text!r}; what follows --set belongs to it")
     return path, value
 
 

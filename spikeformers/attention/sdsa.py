@@ -60,7 +60,7 @@ class _SpikeAttention(nn.Module):
         """Threshold of the neuron that turns mixed values into spikes."""
         return ATTENTION_THRESHOLD
 
-    def split(self, x: Real[Tensor, "TB C H W"]) -> Float[Tensor, "TB M K N"]:
+    def split(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB M K N"]:
         """Channels to heads (channel c = head * K + j), pixels to tokens."""
         return x.flatten(2).unflatten(1, (self.heads, -1))
 

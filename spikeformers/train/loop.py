@@ -23,6 +23,7 @@ from spikeformers.data.images import load_split
 from spikeformers.data.sampler import ResumableSampler
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate, firing_rates
+from spikeformers.train.interrupt import StopRequest
 from spikeformers.train.logs import Logs
 from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
 from spikeformers.train.parallel import sync_bn
@@ -67,11 +68,12 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
     with (
         logs or contextlib.nullcontext(),
         Display(console, steps=recipe.epochs * work.steps_per_epoch, done=done) as show,
+        StopRequest() as stop,
     ):
         for line in work.notes:
             show.line(line)
         while work.epoch < recipe.epochs:
-            work.train_epoch(show, logs)
+            work.train_epoch(show, logs, stop)
             work.close_epoch(show, logs)
     return work.finish()
 
@@ -163,7 +165,7 @@ class _Work:
         self.task = build_task(recipe, **sizes, device=device)
         self.plain = build_model(recipe, **sizes)
         if recipe.init.backbone:
-            self.notes += load_backbone(self.plain, recipe.init.backbone)
+            self.notes.append(f"init.backbone: {load_backbone(self.plain, recipe.init.backbone)}")
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.sync_bn:
             sync_bn(self.plain)
@@ -208,8 +210,8 @@ class _Work:
             checkpoint.prune(self.checkpoints, keep=self.recipe.saving.keep)
         self.accelerator.wait_for_everyone()
 
-    def train_epoch(self, show: Display, logs: Logs | None) -> None:
-        """The rest of the present epoch, with a checkpoint every `saving.every_steps`."""
+    def train_epoch(self, show: Display, logs: Logs | None, stop: StopRequest) -> None:
+        """The rest of the present epoch, with a checkpoint every `saving.every_steps` and one where a person stops."""
         recipe = self.recipe
         self.model.train()
         self.sampler.set_position(self.epoch, self.step * recipe.accumulate * recipe.batch_size)
@@ -228,11 +230,13 @@ class _Work:
             if logs and total % _LOG_EVERY == 0:
                 values = {"loss": loss, "lr": rate, "gradient_norm": norm, "images_per_second": speed}
                 logs.write("step", step=total, values=values)
-            if (
-                recipe.saving.every_steps
-                and self.step % recipe.saving.every_steps == 0 < self.steps_per_epoch - self.step
-            ):
+            # Several processes get their signals at different steps: there only the regular checkpoints are safe.
+            stopping = stop.asked and self.accelerator.num_processes == 1
+            due = recipe.saving.every_steps and self.step % recipe.saving.every_steps == 0
+            if stopping or (due and self.step < self.steps_per_epoch):
                 self.save(logs)
+            if stopping:
+                raise KeyboardInterrupt(f"stopped and saved in epoch {self.epoch + 1} after step {self.step}")
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
         """One optimiser step; returns its learning rate, mean loss and gradient norm."""
@@ -308,6 +312,9 @@ class _Work:
 
     def _test(self, *, images: int) -> Evaluation:
         recipe = self.recipe
+        if self.accelerator.num_processes > 1:
+            for buffer in self.judged.buffers():  # running statistics: those of process 0 are saved, so test those
+                torch.distributed.broadcast(buffer, 0)
         loader = batches_of(self.test_split, batch_size=recipe.batch_size, images=images, workers=recipe.workers)
         if self.accelerator.num_processes == 1:
             return evaluate(self.judged, loader)

@@ -1,0 +1,56 @@
+"""Recipes for two CPU cores: the embedded digits in minutes, and a part of CIFAR-10.
+
+Both train a small Meta-SpikeFormer with integer neurons (I-LIF, D=4) at T=1; no paper has numbers for these sizes.
+"""
+
+import os
+from pathlib import Path
+
+from spikeformers.data.augment import Augment
+from spikeformers.data.images import ImageData
+from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
+
+
+def digits() -> Recipe:
+    """scikit-learn's 1,797 handwritten digits at 32 pixels: 0.38 M parameters.
+
+    spikeformers train digits
+    """
+    return Recipe(
+        name="digits",
+        data=ImageData(source="digits", size=32, in_channels=1, augment=Augment(shift=0.08, rotate=10.0, scale=0.1)),
+        model=ModelChoice(
+            neuron="i_lif", levels=4, dims=(16, 32, 64, 64), strides=(1, 2, 2, 2, 1), blocks=(1, 1, 1, 2, 1)
+        ),
+        optim=Optim(lr=3e-3, warmup_epochs=1.0, weight_decay=0.05, clip_grad=1.0),
+        epochs=14,
+        batch_size=32,
+        label_smoothing=0.1,
+        threads=2,
+    )
+
+
+def cifar10_small() -> Recipe:
+    """10,000 training images of CIFAR-10 (parquet), tested on all 10,000 test images: 1 M parameters.
+
+    spikeformers train cifar10_small --set data.root=FOLDER     (default: $SPIKEFORMERS_DATA/cifar10)
+    """
+    return Recipe(
+        name="cifar10_small",
+        data=ImageData(
+            source="parquet",
+            root=str(Path(os.environ.get("SPIKEFORMERS_DATA", "../shared/data")) / "cifar10"),
+            size=32,
+            train_limit=10_000,
+            augment=Augment(crop_padding=2, flip=0.5),
+        ),
+        model=ModelChoice(
+            neuron="i_lif", levels=4, dims=(32, 64, 96, 128), strides=(2, 1, 2, 2, 1), blocks=(1, 1, 1, 1, 1)
+        ),
+        optim=Optim(lr=3e-3, warmup_epochs=1.0, weight_decay=0.05, clip_grad=1.0),
+        testing=Testing(every=2, images=1_000, integer_images=500),
+        epochs=8,
+        batch_size=32,
+        label_smoothing=0.1,
+        threads=2,
+    )

@@ -1,0 +1,35 @@
+"""A recipe that trains in a second: real digits at 16 pixels, the smallest Meta-SpikeFormer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from spikeformers.data.augment import Augment
+from spikeformers.data.images import ImageData
+from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Recipe]:
+    """Call with fields of `Recipe` to change."""
+    recipe = Recipe(
+        name="tiny",
+        data=ImageData(
+            source="digits",
+            size=16,
+            in_channels=1,
+            train_limit=32,
+            test_limit=12,
+            augment=Augment(shift=0.1, rotate=10.0),
+        ),
+        model=ModelChoice(
+            neuron="i_lif", dims=(8, 8, 8, 8), strides=(2, 2, 2, 2, 1), blocks=(1, 1, 1, 1, 1), options={"heads": 2}
+        ),
+        optim=Optim(lr=2e-3, warmup_epochs=0.5, clip_grad=1.0),
+        epochs=2,
+        batch_size=8,
+        testing=Testing(energy_images=4),
+        threads=1,
+    )
+    return lambda **changes: dataclasses.replace(recipe, **changes)

@@ -1,0 +1,81 @@
+import dataclasses
+import json
+
+import pytest
+
+from spikeformers.train.recipe import Recipe, differences, from_json, override, to_json
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("epochs", "3", 3),
+        ("optim.lr", "1e-4", 1e-4),
+        ("optim.lr", "1", 1.0),
+        ("channels_last", "false", False),
+        ("data.root", "some/folder", "some/folder"),
+        ("data.augment.flip", "0.5", 0.5),
+        ("model.dims", "8,16,24,32", (8, 16, 24, 32)),
+        ("model.dims", "(8, 16, 24, 32)", (8, 16, 24, 32)),
+        ("precision", "bfloat16", "bfloat16"),
+    ],
+)
+def test_override_sets_any_leaf_and_nothing_else(tiny, path, text, value):
+    before = tiny()
+    after = override(before, path, text)
+    found = after
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+    assert [each.split(":")[0] for each in differences(before, after)] == [path]
+
+
+def test_override_reaches_builder_options(tiny):
+    recipe = override(override(tiny(), "model.options.qkv", "linear"), "model.options.mlp_ratio", "2")
+    assert recipe.model.options == {"heads": 2, "qkv": "linear", "mlp_ratio": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("optim.lrr", "1", "optim.lrr.*closest.*optim.lr"),
+        ("lr", "1", "unknown recipe field 'lr'; closest: optim.lr$"),
+        ("epoch", "1", "closest.*epochs"),
+        ("optim", "1", "group of fields.*optim.lr"),
+        ("epochs.x", "1", "no parts"),
+        ("epochs", "many", "epochs must be of type int, got 'many'"),
+        ("epochs", "1.5", "epochs must be of type int, got 1.5"),
+        ("epochs", "true", "epochs must be of type int, got True"),
+        ("optim.lr", "nan", "optim.lr must be of type float, got 'nan'"),
+        ("channels_last", "1", "channels_last must be of type bool"),
+        ("model.dims", "8,x", "model.dims must be of type int, got 'x'"),
+        ("precision", "float8", "precision must be one of float32, bfloat16, float64, got 'float8'"),
+        ("epochs", "0", "epochs must be at least 1, got 0"),
+        ("ema_decay", "1.5", "ema_decay must be at least 0 and below 1"),
+    ],
+)
+def test_a_wrong_override_names_field_value_and_cure(tiny, path, text, message):
+    with pytest.raises(ValueError, match=message):
+        override(tiny(), path, text)
+
+
+def test_a_recipe_survives_json(tiny):
+    recipe = tiny(ema_decay=0.5)
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_stored_recipes_that_do_not_fit_are_refused(tiny):
+    stored = to_json(tiny())
+    with pytest.raises(ValueError, match=r"unknown recipe field optim.momentun"):
+        from_json(stored | {"optim": stored["optim"] | {"momentun": 0.9}})
+    with pytest.raises(ValueError, match="epochs must be of type int, got '2'"):
+        from_json(stored | {"epochs": "2"})
+    with pytest.raises(ValueError, match="not complete"):
+        from_json({"epochs": 2})
+
+
+def test_recipes_are_frozen(tiny):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny().epochs = 3
+    assert isinstance(tiny(), Recipe)

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from spikeformers.data.augment import Augment
+from spikeformers.train.recipe import Distill
+from spikeformers.train.tasks import Classification, build_task, build_teacher, cross_entropy, distillation_loss
+
+TEACHER = "test_vit"  # a network of timm with 0.4 M parameters
+
+
+def test_smoothed_cross_entropy_by_hand():
+    logits, labels = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 3, 1])
+    target = 0.9 * F.one_hot(labels, 4) + 0.1 / 4
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(cross_entropy(logits, labels, smoothing=0.1), expected)
+    torch.testing.assert_close(cross_entropy(logits, F.one_hot(labels, 4).float(), smoothing=0.1), expected)
+
+
+def test_hard_distillation_is_half_own_loss_half_the_teachers_class():
+    logits, logits_kd, teacher = torch.randn(3, 2, 5, dtype=torch.float64)
+    images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([1, 4])
+    task = Classification(smoothing=0.1, teacher=lambda _: teacher, distill=Distill(teacher="any"))
+    expected = 0.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
+    expected += 0.5 * F.cross_entropy(logits_kd, teacher.argmax(1))
+    torch.testing.assert_close(task.loss(lambda _: (logits, logits_kd), images, labels), expected)
+
+
+def test_soft_distillation_by_hand_and_zero_for_equal_logits():
+    student, teacher = torch.randn(2, 2, 5, dtype=torch.float64)
+    q, p = (student / 3).softmax(-1), (teacher / 3).softmax(-1)
+    expected = (p * (p.log() - q.log())).sum() * 9 / student.numel()
+    torch.testing.assert_close(distillation_loss(student, teacher, kind="soft", temperature=3.0), expected)
+    assert float(distillation_loss(student, student, kind="soft")) == pytest.approx(0, abs=1e-15)
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match="the teacher gives 1000 classes but the student 10"):
+        distillation_loss(torch.randn(2, 10), torch.randn(2, 1000), kind="hard")
+
+
+def test_the_teacher_comes_from_a_local_file_frozen(tmp_path):
+    source = timm.create_model(TEACHER, num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "teacher.pth")
+    distill = Distill(teacher=TEACHER, weights=str(tmp_path / "teacher.pth"))
+    teacher = build_teacher(distill, num_classes=10, in_channels=3)
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    for key, value in source.state_dict().items():
+        assert torch.equal(teacher.state_dict()[key], value)
+
+
+def test_a_teacher_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="'caformer_b37' is no model of timm; some like it: caformer"):
+        build_teacher(Distill(teacher="caformer_b37"), num_classes=10, in_channels=3)
+    with pytest.raises(ValueError, match=r"there is no file nowhere\.pth"):
+        build_teacher(Distill(teacher=TEACHER, weights="nowhere.pth"), num_classes=10, in_channels=3)
+
+
+def test_mixup_gives_soft_targets_and_wants_even_batches(tiny):
+    data = dataclasses.replace(tiny().data, augment=Augment(mixup=0.8, cutmix=1.0))
+    sizes = {"num_classes": 10, "in_channels": 1, "device": torch.device("cpu")}
+    task = build_task(tiny(data=data), **sizes)
+    seen = []
+    loss = task.loss(lambda images: seen.append(images) or torch.zeros(8, 10), torch.randn(8, 1, 4, 4), torch.arange(8))
+    assert float(loss) == pytest.approx(torch.log(torch.tensor(10.0)))  # uniform logits: any target costs log 10
+    assert seen[0].shape == (8, 1, 4, 4)
+    with pytest.raises(ValueError, match="batch_size must be even, got 7"):
+        build_task(tiny(data=data, batch_size=7), **sizes)

@@ -103,7 +103,7 @@ class Convention:
         return Charge(operation, counted, counted * passes, 0.0 if sops is None else sops, self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Charge:
     """One operation under a convention, per image: `counted` MACs of one time step, executed as `mac_operations`
     multiply-accumulates and `sops` additions (a number, or one for each image [B]) over all steps."""

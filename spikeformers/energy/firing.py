@@ -13,7 +13,7 @@ from spikeformers.neurons import Neuron
 def plain_name(name: str) -> str:
     """`name` as in the bare model: without the prefixes of torch.compile and of parallel wrappers."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while parts[0] == "module" and len(parts) > 1:
+    while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
 

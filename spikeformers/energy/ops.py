@@ -25,9 +25,9 @@ from spikeformers.layers import RepConv, SepConv
 from spikeformers.neurons import Neuron
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
-    """One layer in one forward pass of B images.
+    """One call of one layer in one forward pass of B images.
 
     `macs`: per image and time step, as executed.  `dense_macs`: the same after re-parameterisation (RepConv as one
     dense 3x3, the depthwise 7x7 and the pointwise convolution of SepConv as one dense 7x7) and, for attention, as
@@ -44,7 +44,7 @@ class Operation:
     parts: tuple["Operation", ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One forward pass: its operations in order of execution, and what its neurons fired.
 
@@ -58,9 +58,9 @@ class Trace:
     steps: int
 
 
-COMPOSED = {  # class -> kind, name of the composed operation inside the module, names of its convolutions
+COMPOSED = {  # class -> kind, name of the composed operation inside the module, children that hold its convolutions
     RepConv: ("rep_conv", "", ("pw1", "dw", "pw2")),
-    SepConv: ("sep_conv", "dw+pw2", ("dw", "pw2.conv")),
+    SepConv: ("sep_conv", "dw+pw2", ("dw", "pw2")),
 }
 
 
@@ -83,10 +83,8 @@ class _SpikeMarks(TorchFunctionMode):
     """Knows, while active, which tensors hold spikes: whole numbers of units."""
 
     MOVES: ClassVar[frozenset[str]] = (
-        frozenset(
-            ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "__get__")
-        )
-        | frozenset(("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"))
+        frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose"))
+        | frozenset(("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand"))
         | frozenset(("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"))
     )
 
@@ -130,8 +128,10 @@ class _Tracer:
         self.neurons = neurons_of(model)
         self.marks = _SpikeMarks()
         self.operations: list[Operation] = []
+        self.layers: dict[str, nn.Module] = {}
         self.fired: dict[str, Tensor] = {}  # mean count of each row
         self.by_tensor = WeakTensorKeyDictionary()
+        self.operands: set[str] = set()  # names of the neurons whose output an attention hook will want
         self.outputs: dict[str, Tensor] = {}
         self.totals: list[tuple[Neuron, Tensor, int]] = []
         self.opened: list[int] = []
@@ -145,11 +145,13 @@ class _Tracer:
         if isinstance(module, Neuron):
             self.add(module, name, self.on_neuron)
         elif isinstance(module, _ConvNd | nn.Linear):
+            self.layers[name] = module
             self.add(module, name, self.on_layer)
         elif composed:
             self.handles.append(module.register_forward_pre_hook(lambda *_: self.opened.append(len(self.operations))))
             self.add(module, name, lambda *call: self.on_composed(*call, *composed[0]))
         elif isinstance(module, tuple(ATTENTION)):
+            self.operands |= {_inside(name, key) for key in module.operands}
             self.add(module, name, self.on_attention)
 
     def add(self, module: nn.Module, name: str, listener: Callable) -> None:
@@ -162,7 +164,7 @@ class _Tracer:
     def on_neuron(self, name: str, neuron: Neuron, _, spikes: Tensor) -> None:
         self.marks.put(spikes, neuron.unit)
         self.fired[name] = self.by_tensor[spikes] = _row_means(spikes, neuron.unit)
-        if name.endswith((".q", ".k", ".v")):
+        if name in self.operands:
             self.outputs[name] = spikes
         self.totals.append((neuron, self.fired[name], spikes[:1].numel()))
 
@@ -183,39 +185,34 @@ class _Tracer:
     def on_composed(self, name: str, module: nn.Module, _, output: Tensor, kind: str, own: str, members: tuple) -> None:
         """Replace the convolutions of a module by one operation that has them as parts."""
         start = self.opened.pop()
-        names = [f"{name}.{member}".lstrip(".") for member in members]
-        parts = tuple(operation for operation in self.operations[start:] if operation.name in names)
-        if [part.name for part in parts] != names:
+        inside = len(_inside(name, "x")) - 1
+        parts = tuple(o for o in self.operations[start:] if o.name[inside:].split(".")[0] in members)
+        if tuple(part.name[inside:].split(".")[0] for part in parts) != members:
             return  # built otherwise by its owner: its layers count one by one
-        layers = [module.get_submodule(member) for member in members]
-        kernel = math.prod(
-            1 + sum(k - 1 for k in sizes) for sizes in zip(*(x.kernel_size for x in layers), strict=True)
-        )
-        dense = output.numel() * layers[0].in_channels * kernel
-        whole = Operation(
-            f"{name}.{own}".strip("."), kind, sum(p.macs for p in parts), dense, parts[0].rates, parts[0].steps, parts
-        )
-        place = self.operations.index(parts[0])
-        self.operations = [o for o in self.operations if not any(o is p for p in parts)]
+        layers = [self.layers[part.name] for part in parts]
+        axes = zip(*(layer.kernel_size for layer in layers), strict=True)
+        kernel = math.prod(1 + sum(size - 1 for size in sizes) for sizes in axes)
+        dense, macs, first = output.numel() * layers[0].in_channels * kernel, sum(p.macs for p in parts), parts[0]
+        place = self.operations.index(first)
+        self.operations = [operation for operation in self.operations if operation not in parts]
+        whole = Operation(_inside(name, own), kind, macs, dense, first.rates, first.steps, parts)
         self.operations.insert(place, whole)
 
     def on_attention(self, name: str, module: nn.Module, _, __) -> None:
         """Insert the products of Q, K, V in front of the projection."""
-        operands = {key: self.outputs.pop(f"{name}.{key}".lstrip(".")) for key in module.operands}
-        rates = {key: self.fired[f"{name}.{key}".lstrip(".")] for key in module.operands}
+        operands = {key: self.outputs.pop(_inside(name, key)) for key in module.operands}
+        rates = {key: self.fired[_inside(name, key)] for key in module.operands}
         count = next(function for kind, function in ATTENTION.items() if isinstance(module, kind))
         table6, products = count(module, operands, rates)
         rows = operands["q"].shape[0]
         parts = tuple(
-            Operation(f"{name}.{product}".lstrip("."), "attention", macs, macs, rate, rows)
-            for product, macs, rate in products
+            Operation(_inside(name, product), "attention", macs, macs, rate, rows) for product, macs, rate in products
         )
         macs, total = sum(part.macs for part in parts), torch.stack(list(rates.values())).sum(0)
-        projection = f"{name}.proj".lstrip(".")
-        place = next(i for i, o in enumerate(self.operations) if o.name.startswith(projection))
-        self.operations.insert(
-            place, Operation(f"{name}.products".lstrip("."), "attention", macs, table6, total, rows, parts)
-        )
+        projections = [i for i, o in enumerate(self.operations) if o.name.startswith(_inside(name, "proj"))]
+        place = projections[-1] if len(projections) == 1 else len(self.operations)
+        whole = Operation(_inside(name, "products"), "attention", macs, table6, total, rows, parts)
+        self.operations.insert(place, whole)
 
     def result(self) -> Trace:
         """Everything per image and time step."""
@@ -229,6 +226,11 @@ class _Tracer:
             sites += elements * neuron.levels * len(mean) // images
         operations = tuple(_settled(operation, steps=steps, images=images) for operation in self.operations)
         return Trace(operations, spikes, sites, images, steps)
+
+
+def _inside(name: str, child: str) -> str:
+    """Name of a child of the module `name`; the model itself has the name ""."""
+    return f"{name}.{child}".strip(".")
 
 
 def _row_means(spikes: Tensor, unit: float) -> Tensor:

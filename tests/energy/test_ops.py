@@ -222,6 +222,16 @@ def test_a_layer_called_twice_appears_twice():
     assert names == ["1", "1"]
 
 
+def test_a_composed_layer_called_twice_appears_twice():
+    rep_conv = RepConv(2, 2)
+    found = trace(nn.Sequential(ILIF(), rep_conv, ILIF(), rep_conv).eval(), torch.rand(1, 2, 3, 3)).operations
+    assert [(operation.name, len(operation.parts)) for operation in found] == [("1", 3), ("1", 3)]
+
+
+def test_dropout_in_eval_mode_passes_spikes_on():
+    assert only(nn.Sequential(LIF(), nn.Dropout(), nn.Conv2d(2, 2, 1)), torch.rand(1, 2, 3, 3))["2"].rates is not None
+
+
 def test_works_inside_inference_mode_and_leaves_no_hook():
     model = nn.Sequential(LIF(), nn.Conv2d(2, 2, 1))
     with torch.inference_mode():

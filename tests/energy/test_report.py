@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from spikeformers.deploy import fuse
 from spikeformers.energy import CONVENTIONS, Convention, measure, record
 from spikeformers.layers import RepConv
-from spikeformers.neurons import ILIF, LIF, set_steps
+from spikeformers.neurons import ILIF, LIF, TimeMean, set_steps
 from spikeformers.zoo import create_model
 
 PJ = 1e-9  # mJ
@@ -258,3 +259,18 @@ def test_mistakes_are_named(arguments, message):
 def test_a_choice_that_no_convention_knows_is_refused():
     with pytest.raises(ValueError, match="first_layer must be one of mac, mac_once, ac, free, got 'macs'"):
         Convention("mine", "a test", first_layer="macs")
+
+
+def test_a_merged_network_costs_what_its_training_form_was_said_to_cost(small):
+    plain, merged = measure(small, images(2)), measure(fuse(small), images(2))
+    assert merged.total_mj == pytest.approx(plain.total_mj, rel=1e-12)
+    assert merged.ann_mj == pytest.approx(plain.ann_mj, rel=1e-12)
+
+
+def test_layers_behind_the_mean_over_time_run_once():
+    model = nn.Sequential(ILIF(steps=3), nn.Conv2d(2, 2, 1), ILIF(steps=3), TimeMean(steps=3), nn.Conv2d(2, 4, 1))
+    report = measure(model, torch.rand(3 * 2, 2, 3, 3))
+    assert [(layer.steps, layer.macs, layer.rate is None) for layer in report.layers] == [
+        (3, 9 * 4, False),
+        (1, 9 * 8, True),
+    ]

@@ -1,21 +1,31 @@
-"""Spiking vision transformers for PyTorch."""
+"""Spiking vision transformers for PyTorch.
 
-from spikeformers import deploy, energy
-from spikeformers.energy import record
-from spikeformers.layers.version import __version__
-from spikeformers.neurons import set_steps, streaming
-from spikeformers.weights import load_official
-from spikeformers.zoo import create_model, from_pretrained, list_models
+Names are imported when first used: torch takes seconds to load, and `spikeformers --help` should not wait for it.
+"""
 
-__all__ = [
-    "__version__",
-    "create_model",
-    "deploy",
-    "energy",
-    "from_pretrained",
-    "list_models",
-    "load_official",
-    "record",
-    "set_steps",
-    "streaming",
-]
+from importlib import import_module
+
+_HOMES = {
+    "__version__": "layers.version",
+    "create_model": "zoo",
+    "from_pretrained": "zoo",
+    "list_models": "zoo",
+    "load_official": "weights",
+    "record": "energy",
+    "set_steps": "neurons",
+    "streaming": "neurons",
+}
+_FOLDERS = ("deploy", "energy")
+__all__ = [*_HOMES, *_FOLDERS]
+
+
+def __getattr__(name: str) -> object:
+    if name in _FOLDERS:
+        return import_module(f"spikeformers.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spikeformers' has no attribute {name!r}")
+    return getattr(import_module(f"spikeformers.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,3 +77,12 @@ def test_folders_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="damaged"):
         sf.from_pretrained(tmp_path / "model")
+
+
+def test_the_root_exports_its_names_and_help_does_not_wait_for_torch():
+    for name in sf.__all__:
+        assert getattr(sf, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sf.nonsense
+    code = "import sys, spikeformers.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,6 +7,7 @@ sub-commands that compute, not here, so that help is quick.
 
 import argparse
 import ast
+import fnmatch
 import json
 import os
 import re
@@ -80,24 +81,30 @@ def said(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def list_models(arguments: Namespace) -> None:
-    """Name, parameters, default sizes and paper of every model that matches."""
+def list_names(arguments: Namespace) -> None:
+    """Models (parameters, default sizes, paper) and recipes whose names match."""
     import torch
 
-    from spikeformers import create_model, zoo
-    from spikeformers import list_models as names_like
+    from spikeformers import create_model, list_models, zoo
+    from spikeformers.recipes import RECIPES
     from spikeformers.train.results import print_table
 
-    names = names_like(arguments.pattern)
-    if not names:
-        raise ValueError(f"no model matches {arguments.pattern!r}; there are {', '.join(names_like('*'))}")
-    rows = []
-    for name in names:
+    models = []
+    for name in list_models(arguments.pattern):
         with torch.device("meta"):  # sizes without memory or initialisation
             model = create_model(name)
         count = sum(parameter.numel() for parameter in model.parameters())
-        rows.append((name, f"{count:,}", sizes(model.config), zoo.CATALOGUE[name].paper))
-    print_table(("model", "parameters", "sizes", "paper"), rows, right=(1,))
+        models.append((name, f"{count:,}", sizes(model.config), zoo.CATALOGUE[name].paper))
+    recipes = [(name, first_line(RECIPES[name])) for name in fnmatch.filter(RECIPES, arguments.pattern)]
+    if models:
+        print_table(("model", "parameters", "sizes", "paper"), models, right=(1,))
+    if models and recipes:
+        print()
+    if recipes:
+        print_table(("recipe", "what it trains"), recipes)
+    if not models and not recipes:
+        known = ", ".join((*list_models(), *RECIPES))
+        raise ValueError(f"no model and no recipe matches {arguments.pattern!r}; there are {known}")
 
 
 def train(arguments: Namespace) -> None:
@@ -127,6 +134,8 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     """Test the final model of a run again on the whole test split."""
+    import torch
+
     from spikeformers.data.images import load_split
     from spikeformers.train.evaluate import batches_of
     from spikeformers.train.evaluate import evaluate as run_test
@@ -134,6 +143,8 @@ def evaluate(arguments: Namespace) -> None:
     from spikeformers.train.saved import read_run
 
     model, recipe, _ = read_run(Path(arguments.run))
+    if recipe.threads:  # float32 sums depend on the number of threads, and one flipped spike can turn a close call
+        torch.set_num_threads(recipe.threads)
     split = load_split(recipe.data, "test", seed=recipe.seed)
     found = run_test(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
     rows = [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
@@ -198,7 +209,7 @@ def report(arguments: Namespace) -> None:
 
 
 COMMANDS = {
-    "list": list_models,
+    "list": list_names,
     "train": train,
     "eval": evaluate,
     "predict": predict,
@@ -310,6 +321,10 @@ def energy_subject(source: str, images: int) -> tuple["nn.Module", "DataLoader |
     return model, batch, note
 
 
+def first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().split("\n")[0]
+
+
 def sizes(config: object) -> str:
     """The size arguments of a model's config, as `dims 64-128-256-360, blocks 1-1-2-6-2`."""
     shown = []
@@ -360,12 +375,12 @@ def add_setting(parser: ArgumentParser, summary: str) -> None:
 
 def add_list(commands: "ActionSubCommands") -> None:
     parser = new_parser(
-        "Models by name, with parameters, default sizes and paper.",
+        "Models by name, with parameters, default sizes and paper; and recipes to train them.",
         "spikeformers list",
         "spikeformers list '*15m*'",
     )
     parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern (default: *)")
-    add_command(commands, "list", parser, "models, their sizes and papers")
+    add_command(commands, "list", parser, "models with sizes and papers, and recipes")
 
 
 def add_train(commands: "ActionSubCommands") -> None:
@@ -379,7 +394,7 @@ def add_train(commands: "ActionSubCommands") -> None:
         "accelerate launch -m spikeformers train cifar10_small --out runs/two    # several processes or devices",
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="name of a recipe, such as digits; unknown names list the known"
+        "recipe", metavar="RECIPE", help="name of a recipe, such as digits; `spikeformers list` shows all"
     )
     add_setting(parser, "change fields of the recipe; several at once, or --set again")
     parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each seed, then mean and deviation")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
@@ -20,7 +21,10 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if not (run / "summary.json").is_file():
         raise ValueError(f"{run} is not finished, so it has no final model: continue it with `train ... --resume`")
     summary = read_summary(run)
-    return from_pretrained(run / "model"), from_json(summary.recipe), tuple(summary.classes)
+    recipe, model = from_json(summary.recipe), from_pretrained(run / "model")
+    if recipe.channels_last:  # as in training: another layout rounds differently
+        model.to(memory_format=torch.channels_last)
+    return model, recipe, tuple(summary.classes)
 
 
 def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:

@@ -55,7 +55,7 @@ def print_results(summary: "Summary", report: Path) -> None:
         ("The same as an ANN", ann),
         ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
         ("Integer engine", agreement(summary.integer_agreement)),
-        ("Time", f"{summary.epochs} epochs in {duration(summary.seconds)}"),
+        ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
         ("Report", str(report)),
     ]
     print_facts(f"{summary.recipe['name']}: {summary.model}", rows)

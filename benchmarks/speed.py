@@ -189,6 +189,27 @@ def compare(ours: Callable[[], None], theirs: Callable[[], None], *, repeats: in
     }
 
 
+def saved_mib(model: nn.Module, images: Tensor) -> float:
+    """MiB that a forward pass in train mode keeps for backward, parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(images)
+    for module in model.modules():
+        if isinstance(module, Peer):
+            module.node.reset()
+    del logits
+    return round(sum(kept.values()) / 2**20, 1)
+
+
 def hardware() -> str:
     """Name of the processor (and of the accelerator, if there is one)."""
     name = platform.processor() or platform.machine()
@@ -213,40 +234,49 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_case(name: str, case: Case, images: Tensor, *, repeats: int) -> tuple[list[dict], dict]:
+    """Rows of inference and training step of one pair, printed as they come, and what `check_equal` found."""
+    ours, theirs = build_pair(name, case, images)
+    equal = check_equal(ours, theirs, images)
+    targets = torch.arange(len(images), device=images.device)
+    rows = []
+    for what, training in (("inference", False), ("train step", True)):
+        steps = [step_of(model, images, targets, training=training, peer=model is theirs) for model in (ours, theirs)]
+        row = compare(*steps, repeats=repeats, device=images.device)
+        line = (
+            f"{name:22}{case!s:14}{what:12}{row['ours_ms']:>8.1f}ms{row['theirs_ms']:>8.1f}ms"
+            f"{row['ratio']:>8.3f}{row['ratio_of_fastest']:>9.3f}"
+        )
+        if training:
+            row |= {"ours_saved_mib": saved_mib(ours, images), "theirs_saved_mib": saved_mib(theirs, images)}
+            line += f"{row['ours_saved_mib']:>10.1f}{row['theirs_saved_mib']:>10.1f}"
+        print(line, flush=True)
+        rows.append({"model": name, "neuron": case.neuron, "steps": case.steps, "what": what, **row})
+    return rows, equal
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    images = torch.rand(options.batch, 3, options.size, options.size, device=device)
-    targets = torch.arange(options.batch, device=device)
+    images = torch.rand(options.batch, 3, options.size, options.size, device=options.device)
+    work = f"{options.threads} threads; batch {options.batch} of {options.size} px; {options.repeats} repeats"
+    print(f"{hardware()}; {work}; torch {version('torch')}")
     print(
-        f"{hardware()}; {options.threads} threads; batch {options.batch} of {options.size} px; torch {version('torch')}"
+        f"{'model':22}{'neuron':14}{'what':12}{'ours':>10}{'theirs':>10}{'ratio':>8}  fastest  saved for backward, MiB"
     )
-    print(f"{'model':22}{'neuron':14}{'what':12}{'ours':>10}{'theirs':>10}{'ratio':>8}   ratio of the fastest")
+    load_before = os.getloadavg()[0]
     rows, checks = [], {}
-    load_before = os.getloadavg()
     for name in options.models:
         for case in CASES:
-            ours, theirs = build_pair(name, case, images)
-            checks[f"{name} {case}"] = check_equal(ours, theirs, images)
-            for what, training in (("inference", False), ("train step", True)):
-                steps = [
-                    step_of(model, images, targets, training=training, peer=model is theirs) for model in (ours, theirs)
-                ]
-                row = compare(*steps, repeats=options.repeats, device=device)
-                rows.append({"model": name, "neuron": case.neuron, "steps": case.steps, "what": what, **row})
-                print(
-                    f"{name:22}{case!s:14}{what:12}{row['ours_ms']:>8.1f}ms{row['theirs_ms']:>8.1f}ms"
-                    f"{row['ratio']:>8.3f}   {row['ratio_of_fastest']:.3f}",
-                    flush=True,
-                )
+            found, checks[f"{name} {case}"] = run_case(name, case, images, repeats=options.repeats)
+            rows += found
     if options.json:
         result = {
             "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
             "hardware": hardware(),
             "device": options.device,
             "threads": options.threads,
-            "load_average_before_after": [round(load_before[0], 2), round(os.getloadavg()[0], 2)],
+            "load_average_before_after": [round(load_before, 2), round(os.getloadavg()[0], 2)],
             "versions": {
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("torch", "spikeformers", "spikingjelly")},

@@ -160,10 +160,12 @@ def predict(arguments: Namespace) -> None:
     from spikeformers import energy
     from spikeformers.data.images import read_image
     from spikeformers.train.results import short
-    from spikeformers.train.saved import read_trained
+    from spikeformers.train.saved import read_trained, run_of
 
     model, spec, classes = read_trained(arguments.model)
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
+    if run_of(Path(arguments.model)) is None:
+        print(f"{arguments.model}: no recipe beside it, so images are read as ImageNet's: {spec.size}x{spec.size}")
     for file, image in zip(arguments.files, images, strict=True):
         batch = image[None]
         with torch.no_grad():

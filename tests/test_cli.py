@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,10 +174,12 @@ def test_predict_gives_five_classes_and_energy(trained, digit):
     assert len(out.splitlines()) == 12
 
 
-def test_predict_reads_a_saved_model(trained, tmp_path):
-    Image.new("L", (40, 30), 128).save(tmp_path / "grey.png")
-    code, out, err = said_by("predict", trained[0] / "model", tmp_path / "grey.png")
+def test_predict_reads_a_saved_model_as_its_run_does_or_says_how(trained, digit, tmp_path):
+    assert said_by("predict", trained[0] / "model", digit) == said_by("predict", trained[0], digit)
+    shutil.copytree(trained[0] / "model", tmp_path / "alone")
+    code, out, err = said_by("predict", tmp_path / "alone", digit)
     assert code == 0, err
+    assert out.startswith(f"{tmp_path / 'alone'}: no recipe beside it, so images are read as ImageNet's: 224x224\n")
     assert out.count(" %  ") == 5
 
 
@@ -280,6 +283,34 @@ def test_an_unreadable_image_is_named(trained, digit):
     assert (code, out) == (2, "")  # nothing of the good image either: no half answer
     assert "broken.png" in err
     assert "gone.png" in refused("predict", trained[0], digit.with_name("gone.png"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Ten pictures in two classes, one of them cut off."""
+    for index in range(10):
+        path = tmp_path / "photos" / ("dark", "light")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((20, 24), 20 + 60 * (index % 2)).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    return tmp_path / "photos"
+
+
+def test_training_on_a_folder_names_the_broken_image_or_skips_it(folder, tmp_path):
+    command = ["train", "digits", "--out", tmp_path / "run", "--set", *TINY, "data.train_limit=0", "data.test_limit=0"]
+    command += ["data.source=imagefolder", f"data.root={folder}", "data.in_channels=3", "batch_size=2"]
+    assert f"{folder}/light/9.png" in refused(*command)
+    assert not (tmp_path / "run").exists()
+    code, out, err = said_by(*command, "data.skip_unreadable=true")
+    assert code == 0, err
+    assert "skipped 1 image" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"] == ["dark", "light"]
+
+
+def test_weights_of_other_widths_are_refused(trained, tmp_path):
+    command = ["train", "digits", "--out", tmp_path / "run", "--set", *TINY, "model.dims=8,8,8,16"]
+    assert "8, 8, 8, 8" in refused(*command, f"init.backbone={trained[0]}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unfinished_run_is_reported_but_not_tested(trained, tmp_path):

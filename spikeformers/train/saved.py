@@ -27,11 +27,21 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     return model, recipe, tuple(summary.classes)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that `folder` is, or whose `model/` it is."""
+    places = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((place for place in places if (place / "recipe.json").is_file()), None)
+
+
 def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
-    """Model, how to read images for it, and class names (numbers if none were recorded) of a run or model folder."""
+    """Model, how to read images for it, and class names of a run or of a saved model.
+
+    A saved model without a run has neither: its images are read as the papers read ImageNet's, and its classes are
+    ImageNet's if there are 1000, else numbers. Raises ValueError where there is no such folder or no weights in it.
+    """
     folder = Path(source)
-    if (folder / "recipe.json").is_file():
-        model, recipe, classes = read_run(folder)
+    if run := run_of(folder):
+        model, recipe, classes = read_run(run)
         return model, recipe.data, classes
     if source in list_models():
         raise ValueError(f"{source} names a model without weights: give the folder of a run or of a saved model")

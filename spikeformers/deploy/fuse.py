@@ -20,13 +20,18 @@ def fuse(model: nn.Module) -> nn.Module:
     train mode comes back in eval mode too: merged batch norms can only use their running statistics.
     Equal to `model.eval()` up to rounding: in float64, spikes equal and logits within 1e-12.
     """
-    fused = copy.deepcopy(model).eval()
+    fused = plain_copy(model)
     if hasattr(fused, "merge"):
         return fused.merge().eval()
     _merge_children(fused)
     if isinstance(fused, Pretrained):
         fused.origin = None  # its weights no longer fit the catalogue's model: saving must refuse
     return fused
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode, without the wrapper that torch.compile puts around a module."""
+    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
 
 
 def _merge_children(parent: nn.Module) -> None:

@@ -5,7 +5,6 @@ layers compute is defined in counts.py. Un-spiked layers (the stem, pw2 of SepCo
 float32; attention multiplies counts, exactly.
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from spikeformers.attention import SDSA3
 from spikeformers.deploy.counts import CountNeuron, IntegerConv, IntegerLinear, PerImage, fires_by_itself
-from spikeformers.deploy.fuse import fuse
+from spikeformers.deploy.fuse import fuse, plain_copy
 from spikeformers.deploy.wiring import OTHER, Wiring, probe
 from spikeformers.energy.firing import record
 from spikeformers.neurons import Neuron
@@ -151,7 +150,7 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True) -> IntegerMo
     Raises ValueError if no layer reads spikes or a neuron emits counts above 255.
     """
     with torch.inference_mode(False):
-        net = fuse(copy.deepcopy(model).double())  # merged and quantised from float64, then run in float32
+        net = fuse(plain_copy(model).double())  # merged and quantised from float64, then run in float32
         wiring = probe(net, (images[:, :1] if images.ndim == 5 else images[:1]).double())
         modules = dict(net.named_modules())
         fed = _spike_fed(modules, wiring)

@@ -116,6 +116,14 @@ def test_the_float_model_and_its_fused_copy_give_the_same_engine(small, images):
     assert torch.equal(integer(model, images)(images), integer(fuse(model), images)(images))
 
 
+def test_a_compiled_model_gives_the_engine_of_the_model_inside(small, images):
+    model = small()
+    compiled = torch.compile(model, backend="eager")
+    engine = integer(compiled, images)
+    assert torch.equal(engine(images), integer(model, images)(images))
+    assert engine.compare(compiled, images).flip_rates == engine.compare(model, images).flip_rates
+
+
 def test_building_an_engine_leaves_the_model_alone(small, images):
     model = small().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

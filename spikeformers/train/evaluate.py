@@ -1,6 +1,7 @@
 """What a trained network is worth: accuracy, loss, confusion, firing, energy, and what the integer engine shares."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,29 +51,29 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
     if isinstance(loader, Dataset):
         loader = batches_of(loader, batch_size=_BATCH)
     first = next(model.parameters())
-    mode = model.training
-    model.eval()
     matrix, losses, predictions = None, [], []
-    for number, (images, labels) in enumerate(loader):
-        images, labels = images.to(first.device, first.dtype), labels.to(first.device)
-        logits = model(images)
-        if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
-            raise ValueError(f"test batch {number} gives values that are not finite; check its images and the weights")
-        if accelerator is not None:
-            logits, labels = accelerator.gather_for_metrics((logits, labels))
-        if matrix is None:
-            # Gathered above: torchmetrics must not sum over the processes once more.
-            matrix = MulticlassConfusionMatrix(logits.shape[1], sync_on_compute=False).to(first.device)
-        guesses = logits.argmax(1)
-        matrix.update(guesses, labels)
-        losses.append(F.cross_entropy(logits.double(), labels, reduction="none"))
-        predictions.append(guesses)
-    model.train(mode)
+    with _evaluating(model):
+        for number, (images, labels) in enumerate(loader):
+            images, labels = images.to(first.device, first.dtype), labels.to(first.device)
+            logits = model(images)
+            if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
+                raise ValueError(
+                    f"test batch {number} gives values that are not finite; check images and weights"
+                )
+            if accelerator is not None:
+                logits, labels = accelerator.gather_for_metrics((logits, labels))
+            logits, labels = logits.cpu(), labels.cpu()
+            if matrix is None:
+                # Gathered above: torchmetrics must not sum over the processes once more.
+                matrix = MulticlassConfusionMatrix(logits.shape[1], sync_on_compute=False)
+            predictions.append(logits.argmax(1))
+            matrix.update(predictions[-1], labels)
+            losses.append(F.cross_entropy(logits.double(), labels, reduction="none"))
     if matrix is None:
         raise ValueError("there is nothing to test on: the test split is empty")
     confusion = matrix.compute()
     return Evaluation(
-        accuracy=float(confusion.diag().sum() / confusion.sum()),
+        accuracy=int(confusion.diag().sum()) / int(confusion.sum()),
         loss=float(torch.cat(losses).mean()),
         confusion=confusion.tolist(),
         predictions=torch.cat(predictions).tolist(),
@@ -83,11 +84,8 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
 def firing_rates(model: nn.Module, images: Tensor) -> tuple[dict[str, float], float]:
     """Counts over levels, 0..1, for images [B,C,H,W]: the mean of each neuron by name, and of all elements together."""
     first = next(model.parameters())
-    mode = model.training
-    model.eval()
-    with energy.record(model) as counts:
+    with _evaluating(model), energy.record(model) as counts:
         model(images.to(first.device, first.dtype))
-    model.train(mode)
     levels = {name: module.levels for name, module in model.named_modules() if isinstance(module, Neuron)}
     rates = {name: float(value.double().mean()) / levels[name] for name, value in counts.items()}
     elements = {name: value.numel() for name, value in counts.items()}
@@ -143,3 +141,14 @@ def integer_agreement(
         different += [i for i, guess, mine in zip(here, guesses, own, strict=True) if guess != mine]
         seen += len(batch)
     return {"same": seen - len(different), "total": seen, "different": different}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, the mode as before after it."""
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)

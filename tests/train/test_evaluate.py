@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, spaced
+from spikeformers.train.loop import build_model
+
+
+class Lookup(nn.Module):
+    """Logits are the image itself, flattened."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, images):
+        return images.flatten(1) * self.scale
+
+
+def test_accuracy_loss_confusion_and_predictions_by_hand():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
+    split = TensorDataset(logits.view(4, 3, 1, 1), torch.tensor([0, 1, 2, 2]))
+    found = evaluate(Lookup(), batches_of(split, batch_size=3))
+    assert found.accuracy == 0.75
+    assert found.predictions == [0, 1, 1, 2]
+    assert found.confusion == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]  # the third image is a 2 seen as a 1
+    losses = [
+        math.log(math.exp(2) + 2) - 2,
+        math.log(math.e + 2) - 1,
+        math.log(math.exp(3) + 2),
+        math.log(math.e + 2) - 1,
+    ]
+    assert found.loss == pytest.approx(sum(losses) / 4)
+    assert evaluate(Lookup(), split) == found
+
+
+def test_evaluation_leaves_the_mode_and_refuses_what_is_not_finite():
+    model = Lookup().train()
+    split = TensorDataset(torch.full((2, 3, 1, 1), float("nan")), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="test batch 0 gives values that are not finite"):
+        evaluate(model, split)
+    evaluate(model, TensorDataset(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1])))
+    assert model.training
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(model, TensorDataset(torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.int64)))
+
+
+def test_spaced_indices_cover_the_whole_split():
+    assert spaced(10, 0) == list(range(10))
+    assert spaced(10, 20) == list(range(10))
+    assert spaced(10, 3) == [0, 3, 6]
+
+
+def test_firing_rates_lie_between_silence_and_every_level(tiny):
+    model = build_model(tiny(), num_classes=10, in_channels=1)
+    rates, mean = firing_rates(model, torch.randn(2, 1, 16, 16))
+    assert len(rates) > 10
+    assert all(0 <= rate <= 1 for rate in rates.values())
+    assert 0 < mean < max(rates.values())

@@ -1,0 +1,203 @@
+import dataclasses
+import io
+import json
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import spikeformers
+from spikeformers.data.images import ImageSplit
+from spikeformers.train import checkpoint
+from spikeformers.train.logs import read_log
+from spikeformers.train.loop import train
+from spikeformers.train.recipe import Distill, Init, Optim, Saving, override
+from spikeformers.train.seeds import train_seeds
+
+
+def interrupt_at(monkeypatch, epoch, place):
+    """The `place`-th training image of `epoch` is never read: the user pulls the plug there."""
+    original, seen = ImageSplit.__getitem__, []
+
+    def getitem(self, key):
+        if isinstance(key, tuple) and key[0] == epoch:
+            seen.append(key)
+            if len(seen) == place:
+                monkeypatch.undo()
+                raise ConnectionError("power cut")
+        return original(self, key)
+
+    monkeypatch.setattr(ImageSplit, "__getitem__", getitem)
+
+
+def untimed(run, kind):
+    timed = ("seconds", "images_per_second")
+    return [{key: value for key, value in record.items() if key not in timed} for record in read_log(run, kind)]
+
+
+def assert_same_run(one, other, *, epochs):
+    """Weights, optimiser, average and log of two runs are equal to the bit."""
+    names = [f"checkpoints/epoch-{epochs:04d}", "checkpoints/epoch-0001"]
+    for name in names:
+        (model, training, _), (model2, training2, _) = checkpoint.load(one / name), checkpoint.load(other / name)
+        assert model.keys() == model2.keys()
+        assert all(torch.equal(model[key], model2[key]) for key in model)
+        first, second = io.BytesIO(), io.BytesIO()
+        torch.save(training, first), torch.save(training2, second)
+        assert first.getvalue() == second.getvalue()
+    weights, weights2 = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert all(torch.equal(weights[key], weights2[key]) for key in weights)
+    for kind in ("epoch", "step"):
+        assert untimed(one, kind) == untimed(other, kind)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("place", [1, 29], ids=["epoch_end", "mid_epoch"])
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(tiny, tmp_path, monkeypatch, precision, place):
+    recipe = tiny(precision=precision, ema_decay=0.9, accumulate=2, batch_size=4, saving=Saving(every_steps=2, keep=0))
+    recipe = override(recipe, "data.augment.mixup", "0.8")
+    train(recipe, run=tmp_path / "whole")
+    interrupt_at(monkeypatch, 1, place)
+    with pytest.raises(ConnectionError):
+        train(recipe, run=tmp_path / "broken")
+    expected = "epoch-0001" if place == 1 else "epoch-0001-step-000002"
+    assert checkpoint.newest(tmp_path / "broken" / "checkpoints").name == expected
+    train(recipe, run=tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", epochs=2)
+
+
+def test_ctrl_c_saves_the_step_and_resumes_to_the_same_result(tiny, tmp_path, monkeypatch):
+    train(tiny(saving=Saving(keep=0)), run=tmp_path / "whole")
+    original = ImageSplit.__getitem__
+
+    def getitem(self, key):
+        if isinstance(key, tuple) and key[0] == 1:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+        return original(self, key)
+
+    monkeypatch.setattr(ImageSplit, "__getitem__", getitem)
+    with pytest.raises(KeyboardInterrupt, match="stopped and saved in epoch 2 after step 1"):
+        train(tiny(saving=Saving(keep=0)), run=tmp_path / "broken")
+    train(tiny(saving=Saving(keep=0)), run=tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", epochs=2)
+
+
+def test_a_finished_run_holds_everything_and_loads(tiny, tmp_path):
+    text = io.StringIO()
+    summary = train(tiny(), run=tmp_path / "run", console=Console(file=text))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.json", "log.jsonl", "tensorboard", "checkpoints", "model", "summary.json"} <= names
+    stored = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert stored == json.loads(json.dumps(dataclasses.asdict(summary)))
+    assert sum(map(sum, stored["confusion"])) == len(stored["predictions"]) == 12
+    assert stored["integer_agreement"]["total"] == 12
+    assert 0 < stored["firing_rate"] < 1
+    assert stored["energy_mj"] > 0
+    model = spikeformers.from_pretrained(tmp_path / "run" / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == stored["parameters"]
+    epochs = read_log(tmp_path / "run", "epoch")
+    assert [record["epoch"] for record in epochs] == [0, 1]
+    assert epochs[-1]["test_accuracy"] == stored["accuracy"]
+    assert "epoch 2/2" in text.getvalue()
+    pointers = {name: checkpoint.pointed(tmp_path / "run" / "checkpoints", name) for name in ("best", "last")}
+    assert pointers["last"].name == "epoch-0002"
+    assert pointers["best"] is not None
+
+
+def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
+    first = train(tiny(epochs=1), run=tmp_path)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    assert train(tiny(epochs=1), run=tmp_path, resume=True) == first
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
+        train(tiny(epochs=1), run=tmp_path)
+    with pytest.raises(ValueError, match="epochs: 1 -> 2"):
+        train(tiny(epochs=2), run=tmp_path, resume=True)
+
+
+def test_the_same_seed_gives_the_same_network_and_another_does_not(tiny, tmp_path):
+    result = train_seeds(tiny(epochs=1), (0, 1), run=tmp_path / "two")
+    again = train(tiny(epochs=1), run=tmp_path / "again")
+    runs = ("two/seed-0", "again", "two/seed-1")
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors")["head.weight"] for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert again.predictions == result.summaries[0].predictions
+    accuracies = [each.accuracy for each in result.summaries]
+    assert result.accuracy_mean == pytest.approx(sum(accuracies) / 2)
+    assert result.accuracy_sd == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert json.loads((tmp_path / "two" / "seeds.json").read_text())["accuracies"] == accuracies
+
+
+def test_bfloat16_with_lamb_stays_near_float32_and_saves_float32(tiny, tmp_path):
+    recipe = tiny(epochs=1, optim=Optim(name="lamb", lr=1e-2))
+    train(recipe, run=tmp_path / "float32")
+    train(dataclasses.replace(recipe, precision="bfloat16"), run=tmp_path / "bfloat16")
+    wide, narrow = (read_log(tmp_path / name, "epoch")[0]["train_loss"] for name in ("float32", "bfloat16"))
+    assert narrow != wide  # autocast was on
+    assert narrow == pytest.approx(wide, abs=0.1)  # of log 10 = 2.3: spikes flip, the loss hardly moves
+    weights = load_file(tmp_path / "bfloat16" / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
+
+
+def test_a_teacher_trains_the_second_head(tiny, tmp_path):
+    recipe = tiny(epochs=1, distill=Distill(teacher="test_vit", weights="random"))
+    with pytest.raises(ValueError, match=r"distill\.weights"):
+        train(override(recipe, "distill.weights", "no/file"), run=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    recipe = override(recipe, "data.size", "160")  # what this teacher was made for
+    recipe = override(recipe, "model.strides", "8,4,2,1,1")
+    train(recipe, run=tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {"head.weight", "head_kd.weight"} <= weights.keys()
+    assert len(read_log(tmp_path / "run", "epoch")) == 1
+
+
+@pytest.mark.parametrize("where", ["image", "loss"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, where):
+    original = ImageSplit.__getitem__
+
+    def getitem(self, key):
+        image, label = original(self, key)
+        bad = isinstance(key, tuple) and key[0] == 1
+        factor = {"image": float("nan"), "loss": 1e30}[where]
+        return (image * factor if bad else image), label
+
+    monkeypatch.setattr(ImageSplit, "__getitem__", getitem)
+    with pytest.raises(ValueError, match=r"stopped in epoch 2.*not finite.*|.*the loss is.*") as caught:
+        train(tiny(), run=tmp_path)
+    assert str(caught.value).count("epoch-0001") == 1
+    monkeypatch.undo()
+    train(tiny(), run=tmp_path, resume=True)  # the checkpoint is good
+
+
+def test_any_recipe_starts_from_another_run(tiny, tmp_path):
+    train(tiny(epochs=1), run=tmp_path / "first")
+    before = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    recipe = tiny(epochs=1, init=Init(backbone=str(tmp_path / "first")), optim=Optim(lr=0.0, min_lr=0.0))
+    train(recipe, run=tmp_path / "second")
+    after = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    learnt = [key for key in before if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert all(torch.equal(before[key], after[key]) for key in learnt)
+    with pytest.raises(ValueError, match="nowhere"):
+        train(tiny(init=Init(backbone="nowhere")), run=tmp_path / "third")
+
+
+def test_too_few_images_for_a_step_say_so(tiny, tmp_path):
+    with pytest.raises(ValueError, match="lower"):
+        train(tiny(accumulate=5), run=tmp_path / "a")
+    with pytest.raises(ValueError, match="lower the batch size"):
+        train(tiny(batch_size=64), run=tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_checkpoint_stays_when_others_are_pruned(tiny, tmp_path):
+    train(tiny(epochs=4, saving=Saving(keep=1)), run=tmp_path)
+    records = read_log(tmp_path, "epoch")
+    best = max(range(4), key=lambda i: (records[i]["test_accuracy"], i)) + 1
+    kept = {folder.name for folder in checkpoint.complete(tmp_path / "checkpoints")}
+    assert kept == {f"epoch-{best:04d}", "epoch-0004"}
+    assert checkpoint.pointed(tmp_path / "checkpoints", "best").name == f"epoch-{best:04d}"

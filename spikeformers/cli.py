@@ -313,14 +313,26 @@ def energy_subject(source: str, images: int) -> tuple["nn.Module", "DataLoader |
         count = min(images or RUN_IMAGES, len(split))
         loader = batches_of(split, batch_size=recipe.batch_size, images=count)
         return model, loader, f"{source}: trained weights, {count} images of its test split"
-    if source in list_models() or not (Path(source).is_dir() or "/" in source):
-        model, weights = create_model(source).eval(), "RANDOM weights"
-    else:
-        model, weights = read_trained(source)[0], "saved weights"
+    fresh = source in list_models() or not (Path(source).is_dir() or "/" in source)
+    model, weights = (create_model(source), "RANDOM weights") if fresh else (read_trained(source)[0], "saved weights")
     count = images or RANDOM_IMAGES
     batch = torch.randn(count, model.config.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    if fresh:
+        settle_batch_norm(model, batch)
     note = f"{source}: {weights}, {count} RANDOM images of 224x224: firing rates and energy are not those of real use"
     return model, batch, note
+
+
+def settle_batch_norm(model: "nn.Module", images: "Tensor") -> None:
+    """Give a fresh network the statistics of `images`: with those it is built with (0 and 1) hardly a neuron fires."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    model.eval()
 
 
 def first_line(documented: object) -> str:

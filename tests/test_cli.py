@@ -199,6 +199,7 @@ def test_energy_prints_layers_and_writes_numbers_and_a_chart(trained, tmp_path):
 def test_energy_of_a_name_says_that_nothing_is_real():
     out = said_by("energy", "meta_spikeformer_15m", "--images", "1")[1]
     assert "RANDOM weights, 1 RANDOM images" in out
+    assert float(re.search(r"Firing rate ([\d.]+) %", out)[1]) > 1  # batch norm settled: the network is not silent
 
 
 def test_list_shows_parameters_sizes_paper_and_recipes():

@@ -57,9 +57,7 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
             images, labels = images.to(first.device, first.dtype), labels.to(first.device)
             logits = model(images)
             if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
-                raise ValueError(
-                    f"test batch {number} gives values that are not finite; check images and weights"
-                )
+                raise ValueError(f"test batch {number} gives values that are not finite; check images and weights")
             if accelerator is not None:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             logits, labels = logits.cpu(), labels.cpu()

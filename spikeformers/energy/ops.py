@@ -82,10 +82,9 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 class _SpikeMarks(TorchFunctionMode):
     """Knows, while active, which tensors hold spikes: whole numbers of units."""
 
-    MOVES: ClassVar[frozenset[str]] = (
-        frozenset(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose"))
-        | frozenset(("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand"))
-        | frozenset(("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"))
+    MOVES: ClassVar[frozenset[str]] = frozenset(
+        "view reshape flatten unflatten squeeze unsqueeze permute transpose roll flip contiguous clone detach to float "
+        "double repeat expand dropout __get__ __getitem__ chunk split unbind max_pool1d max_pool2d".split()
     )
 
     def __init__(self) -> None:

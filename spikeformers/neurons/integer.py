@@ -64,7 +64,7 @@ class _IntegerNeuron(Neuron):
     def spike(self, h: Tensor) -> Tensor:
         return i_lif(h, levels=self.levels)
 
-    def reset(self, h: Tensor, spikes: Tensor) -> Tensor:
+    def discharge(self, h: Tensor, spikes: Tensor) -> Tensor:
         """H[t] = decay * (U[t] - n[t])."""
         return self.decay * (h - spikes / self.unit)
 

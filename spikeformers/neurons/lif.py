@@ -56,7 +56,7 @@ class LIF(Neuron):
     def spike(self, h: Tensor) -> Tensor:
         return self.surrogate(h - self.threshold)
 
-    def reset(self, h: Tensor, spikes: Tensor) -> Tensor:
+    def discharge(self, h: Tensor, spikes: Tensor) -> Tensor:
         s = spikes.detach() if self.detach_reset else spikes
         if self.v_reset is None:
             return h - self.threshold * s

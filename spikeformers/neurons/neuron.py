@@ -12,7 +12,7 @@ class Neuron(Temporal):
     """Turns currents [T*B, ...] into spikes of the same shape: counts 0..`levels`, each worth `unit`.
 
     Subclasses write the three equations of a neuron: `charge`, `spike` and, where the membrane lives on from step to
-    step (`carries=True`), `reset`.
+    step (`carries=True`), `discharge`.
     """
 
     def __init__(self, *, steps: int, levels: int, unit: float, threshold: float | Tensor, carries: bool) -> None:
@@ -34,9 +34,9 @@ class Neuron(Temporal):
         """Spikes s[t] = unit * counts of the charged membrane h[t]."""
         raise TypeError(f"{type(self).__name__} must define spike()")
 
-    def reset(self, h: Tensor, spikes: Tensor) -> Tensor:
+    def discharge(self, h: Tensor, spikes: Tensor) -> Tensor:
         """v[t], what the spikes leave of h[t]."""
-        raise TypeError(f"{type(self).__name__} must define reset()")
+        raise TypeError(f"{type(self).__name__} must define discharge()")
 
     def forward(self, current: Tensor) -> Tensor:
         """currents [T*B, ...] -> spikes [T*B, ...] in the dtype of the input; membranes in float32 or wider."""
@@ -44,14 +44,15 @@ class Neuron(Temporal):
         slices = current if dtype in (torch.float32, torch.float64) else current.float()
         if not self.carries:
             return self.spike(self.charge(slices, None)).to(dtype)
-        slices = self.unfold(slices)
+        # unbind, not indexing: its backward stacks the steps, where indexing would fill all T with zeros for each step.
+        slices = self.unfold(slices).unbind(0)
         membrane = None if self.stream is None else self.stream.read(self.stream_name, slices[0])
         fired = []
         for t in range(self.steps):
             h = self.charge(slices[t], membrane)
             fired.append(self.spike(h))
             if t < self.steps - 1 or self.stream is not None:
-                membrane = self.reset(h, fired[t])
+                membrane = self.discharge(h, fired[t])
         if self.stream is not None:
             self.stream.write(self.stream_name, membrane)
         return (fired[0] if self.steps == 1 else torch.cat(fired)).to(dtype)

@@ -1,6 +1,6 @@
 """Meta-SpikeFormer on ImageNet-1k: direct training at T=1, finetuning at T=4, and the same from a teacher.
 
-Paper: Yao et al., ICLR 2024, Table 8 (settings), Table 2 (accuracy); step-wise schedule, optimiser and erasing from the
+Paper: Yao et al., ICLR 2024, Table 8 (settings), Table 1 (accuracy); step-wise schedule, optimiser and erasing from the
 authors' code. Expected top-1 of the 55M network: 78.0 direct at T=1, 79.7 at T=4; distilled 79.1 and 80.0.
 Ours: not trained here. The authors report 22 hours on eight A100 for the 15M network at T=1.
 

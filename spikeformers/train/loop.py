@@ -130,7 +130,9 @@ class _Work:
             )
         for split in (train_split, self.test_split):
             if split.skipped:
-                self.notes.append(f"skipped {len(split.skipped)} images that cannot be read, {split.skipped[0]} first")
+                self.notes.append(
+                    f"images skipped because they cannot be read: {len(split.skipped)}; first: {split.skipped[0]}"
+                )
         self.classes, self.in_channels = train_split.classes, train_split.in_channels
         self.sampler = ResumableSampler(
             len(train_split),

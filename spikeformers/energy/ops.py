@@ -82,9 +82,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 class _SpikeMarks(TorchFunctionMode):
     """Knows, while active, which tensors hold spikes: whole numbers of units."""
 
-    MOVES: ClassVar[frozenset[str]] = frozenset(
-        "view reshape flatten unflatten squeeze unsqueeze permute transpose roll flip contiguous clone detach to float "
-        "double repeat expand dropout __get__ __getitem__ chunk split unbind max_pool1d max_pool2d".split()
+    MOVES: ClassVar[tuple[str, ...]] = (
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
+        *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"),
+        *("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"),
     )
 
     def __init__(self) -> None:

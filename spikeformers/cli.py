@@ -6,7 +6,6 @@ sub-commands that compute, not here, so that help is quick.
 """
 
 import argparse
-import ast
 import fnmatch
 import json
 import os
@@ -194,6 +193,7 @@ def measure(arguments: Namespace) -> None:
 
 def import_weights(arguments: Namespace) -> None:
     """Turn an authors' checkpoint into a model folder and say what was dropped."""
+    from spikeformers.train.recipe import _literal as literal  # so that --set reads alike everywhere
     from spikeformers.zoo import import_checkpoint
 
     out = Path(arguments.out)
@@ -240,14 +240,6 @@ def split_assignment(text: str) -> tuple[str, str]:
     if not equals or not path:
         raise ValueError(f"--set takes a.b=c, got {text!r}; what follows --set belongs to it")
     return path, value
-
-
-def literal(text: str) -> object:
-    """What `text` spells as a Python literal (`8,16,32,40` is a tuple), or `text` itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def read_seeds(text: str) -> list[int]:

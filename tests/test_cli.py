@@ -227,6 +227,17 @@ def test_import_writes_a_model_and_says_what_it_dropped(tmp_path, pytestconfig):
     assert "not empty" in refused(*command)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("distillation=true", True), ("dims=8,16", (8, 16)), ("neuron=lif", "lif")]
+)
+def test_import_reads_set_as_train_does(text, value, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr("spikeformers.zoo.import_checkpoint", lambda *_, overrides, **__: given.update(overrides))
+    words = ("--model", "meta_spikeformer_15m", "--out", tmp_path / "out", "--set", text)
+    assert said_by("weights", "import", tmp_path / "x.pth", *words)[0] == 0
+    assert given == {text.split("=")[0]: value}
+
+
 class Exploit:
     def __reduce__(self):
         return print, ("this must never run",)

@@ -7,7 +7,6 @@ sub-commands that compute, not here, so that help is quick.
 
 import argparse
 import fnmatch
-import json
 import os
 import re
 import shlex
@@ -184,11 +183,9 @@ def measure(arguments: Namespace) -> None:
     print(note)
     print(found.table())
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-        print(f"written: {arguments.json}")
+        print(f"written: {found.save(arguments.json)}")
     if arguments.plot:
-        found.plot(Path(arguments.plot))
-        print(f"written: {arguments.plot}")
+        print(f"written: {found.plot(arguments.plot)}")
 
 
 def import_weights(arguments: Namespace) -> None:
@@ -290,8 +287,10 @@ def main_console() -> "Console | None":
     return Console() if is_main_process() else None
 
 
-def energy_subject(source: str, images: int) -> tuple["nn.Module", "DataLoader | Tensor", str]:
+def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataLoader | Tensor", str]:
     """Model, images to measure it on, and a sentence that says what both are."""
+    if images is not None and images < 1:
+        raise ValueError(f"--images must be at least 1, got {images}")
     import torch
 
     from spikeformers import create_model, list_models
@@ -439,7 +438,7 @@ def add_energy(commands: "ActionSubCommands") -> None:
     )
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or of a saved model, or a model's name")
     parser.add_argument("--convention", default="meta_spikeformer", help="whose way of counting (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=0, metavar="N", help="images to average over (default: 64 or 4)")
+    parser.add_argument("--images", type=int, metavar="N", help="images to average over (default: 64, of a name 4)")
     parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", default="", metavar="FILE", help="write a bar chart there (png, svg, pdf)")
     add_command(commands, "energy", parser, "energy by layer and stage")

@@ -277,6 +277,8 @@ def test_import_refuses_code_and_leaves_nothing(tmp_path, capsys):
         ("predict meta_spikeformer_15m x.png", "without weights"),
         ("energy meta_spikeformer_16m", "meta_spikeformer_15m"),
         ("energy runs/nowhere", "no such folder: runs/nowhere"),
+        ("energy meta_spikeformer_15m --images -1", "--images must be at least 1, got -1"),
+        ("energy meta_spikeformer_15m --images 0", "--images must be at least 1, got 0"),
         ("report nowhere", "nowhere"),
         ("weights import nowhere.pth --model meta_spikeformer_15m --out out", "nowhere.pth"),
         ("weights import nowhere.pth --out out", "required: model"),

@@ -1,7 +1,8 @@
 """Who feeds whom: one probing forward pass that follows tensors from neurons to convolutions by identity.
 
 A tensor that no function but a watched module reads can change its type; everything else must stay as the model
-wrote it. Views and copies count as other readers, so that what cannot be proven stays in floating point.
+wrote it. Views and copies count as other readers, so that what cannot be proven stays in floating point. A tensor
+changed in place is no longer what its module wrote; its version counter tells.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikeformers.neurons import Neuron
 
@@ -34,8 +36,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.wiring = Wiring()
         self.inside = 0
-        self.writer: dict[int, str] = {}
-        self.alive: list[Tensor] = []  # an id must not be given to a second tensor
+        self.written = WeakTensorKeyDictionary()  # tensor -> name of its writer, and its version then
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -45,10 +46,11 @@ class _Watch(TorchFunctionMode):
 
     def read(self, values: object, reader: str) -> None:
         for value in tree_leaves(values):
-            if isinstance(value, Tensor) and id(value) in self.writer:
-                source = self.writer[id(value)]
+            if isinstance(value, Tensor) and value in self.written:
+                source, version = self.written[value]
                 self.wiring.readers[source].append(reader)
-                self.wiring.sources[reader] = source
+                if value._version == version:
+                    self.wiring.sources[reader] = source
 
     def enter(self, name: str, args: tuple, kwargs: dict) -> None:
         self.read((args, kwargs), name)
@@ -59,8 +61,7 @@ class _Watch(TorchFunctionMode):
         self.inside -= 1
         self.wiring.readers.setdefault(name, [])
         self.wiring.shapes[name] = output.shape
-        self.writer[id(output)] = name
-        self.alive.append(output)
+        self.written[output] = (name, output._version)
 
 
 def probe(model: nn.Module, images: Tensor) -> Wiring:

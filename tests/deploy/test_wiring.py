@@ -63,3 +63,19 @@ def test_a_layer_used_twice_stays_float():
 
     paths = {layer.name: layer.path for layer in integer(Twice(None).eval(), torch.randn(1, 3, 4, 4)).report().layers}
     assert paths == {"conv": "int8", "last": "float"}
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(0.1), lambda x: x.mT.mul_(0.1), lambda x: x.relu_()])
+def test_spikes_changed_in_place_are_no_spikes_any_more(change):
+    class Changed(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            spikes = self.second(self.conv(self.first(x)))
+            change(spikes)
+            return self.last(spikes).mean((2, 3))
+
+    model, images = Changed(None).eval(), 2 * torch.randn(3, 3, 4, 4)
+    with torch.no_grad():
+        model.conv.weight.data.copy_(torch.eye(4, 3)[..., None, None] * 2 + 0.5)
+    engine = integer(model, images)
+    assert {layer.name: layer.path for layer in engine.report().layers} == {"conv": "fused", "last": "float"}
+    assert engine.compare(model, images).largest_error < 0.05  # 8-bit weights of the first convolution alone

@@ -5,6 +5,7 @@ All randomness is a function of the seed and of a position: the data's of (seed,
 """
 
 import contextlib
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -36,11 +37,13 @@ from spikeformers.zoo import create_model
 
 _LOG_EVERY = 10  # optimiser steps
 _FIRING_IMAGES = 32  # of the test split, for the firing rate after each epoch
-_FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.")  # on resuming: none of these touches the weights
+_FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.", "data.root")  # on resuming: none touches the weights
 
 
 def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None) -> Summary:
-    """Train, test and save a network as `recipe` says, into the folder `run`; its files are listed in the README.
+    """Train, test and save a network as `recipe` says, into the folder `run`.
+
+    docs/guides/train_your_own.md lists the files in `run`.
 
     `resume` goes on from the newest checkpoint in `run`, within an epoch too, to the same result as without the
     interruption; a finished run is only read. Works alone and under `accelerate launch` or `torchrun`.
@@ -48,21 +51,23 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
     good checkpoint stays), and if `run` holds another run; OSError if the disk is full.
     """
     run = Path(run)
-    accelerator = Accelerator()
+    accelerator = _accelerator()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     _check_folder(recipe, run, resume=resume)
     if resume and (run / "summary.json").is_file():
         return read_summary(run)
     console = console if accelerator.is_main_process else None
-    work = _Work(recipe, run, accelerator)
-    if resume and (folder := checkpoint.newest(work.checkpoints)):
+    folder = checkpoint.newest(run / "checkpoints") if resume else None
+    work = _Work(recipe, run, accelerator, fresh=folder is None)
+    if folder:
         work.restore(folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(run / "recipe.json", to_json(recipe))
-        checkpoint.sweep(work.checkpoints)
+        for leftovers in (run, work.checkpoints):
+            checkpoint.sweep(leftovers)
     done = work.epoch * work.steps_per_epoch + work.step
     logs = Logs(run, size=work.log_bytes, step=done) if accelerator.is_main_process else None
     with (
@@ -87,6 +92,17 @@ def build_model(recipe: Recipe, *, num_classes: int, in_channels: int) -> nn.Mod
     return create_model(recipe.model.name, **(recipe.model.overrides() | sizes))
 
 
+def _accelerator() -> Accelerator:
+    """One process a device, each with the whole network, in the recipe's precision whatever the launcher was told."""
+    for plugin, name in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
+            raise ValueError(
+                f"{name} is not supported yet (ACCELERATE_USE_{plugin}=true): every process holds the whole network; "
+                "launch without it, for example with `accelerate launch --multi_gpu` or `torchrun`"
+            )
+    return Accelerator(mixed_precision="no")
+
+
 def _check_folder(recipe: Recipe, run: Path, *, resume: bool) -> None:
     used = checkpoint.newest(run / "checkpoints") is not None or (run / "summary.json").is_file()
     if used and not resume:
@@ -107,9 +123,12 @@ def _reseed(*key: int | str) -> None:
 
 
 class _Work:
-    """All that changes while a run trains, and where it stands: `epoch` finished ones, `step` within the next."""
+    """All that changes while a run trains, and where it stands: `epoch` finished ones, `step` within the next.
 
-    def __init__(self, recipe: Recipe, run: Path, accelerator: Accelerator):
+    `fresh`: it starts from the beginning; else a checkpoint follows, and `init.backbone` need not be there any more.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, accelerator: Accelerator, *, fresh: bool = True):
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
         self.checkpoints = run / "checkpoints"
         self.epoch = self.step = self.log_bytes = 0
@@ -118,7 +137,7 @@ class _Work:
         self.last: Evaluation | None = None
         self.notes: list[str] = []
         self._build_data()
-        self._build_network()
+        self._build_network(fresh=fresh)
 
     def _build_data(self) -> None:
         recipe, world = self.recipe, self.accelerator.num_processes
@@ -159,14 +178,14 @@ class _Work:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _build_network(self) -> None:
+    def _build_network(self, *, fresh: bool) -> None:
         recipe, device = self.recipe, self.accelerator.device
         self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         sizes = {"num_classes": len(self.classes), "in_channels": self.in_channels}
         self.task = build_task(recipe, **sizes, device=device)
         self.plain = build_model(recipe, **sizes)
-        if recipe.init.backbone:
+        if recipe.init.backbone and fresh:
             self.notes.append(f"init.backbone: {load_backbone(self.plain, recipe.init.backbone)}")
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.sync_bn:
@@ -176,13 +195,24 @@ class _Work:
         self.model = self.accelerator.prepare_model(self.plain)
 
     @property
-    def judged(self) -> nn.Module:
+    def tested(self) -> nn.Module:
         """The network that is tested and saved at the end: the averaged one if the recipe averages."""
         return self.ema.module if self.ema else self.plain
 
     def restore(self, folder: Path) -> None:
-        """Stand where the checkpoint was taken."""
+        """Stand where the checkpoint was taken. Raises ValueError with other images or another number of processes."""
         model, training, state = checkpoint.load(folder)
+        images, processes = (state["fixed"][name] for name in ("images", "processes"))
+        if processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"{self.run} was trained by {processes} process(es), so {self.accelerator.num_processes} cannot resume "
+                f"it: start {processes}, for example with `accelerate launch --num_processes {processes}`"
+            )
+        if images != self.sampler.length:
+            raise ValueError(
+                f"{self.run} was trained on {images} images, but there are {self.sampler.length} now: set data.root to "
+                "a folder with the same images"
+            )
         self.plain.load_state_dict(model)
         self.optimizer.load_state_dict(training["optimizer"])
         if self.ema:
@@ -203,7 +233,8 @@ class _Work:
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else {},
             }
-            state = {name: getattr(self, name) for name in _STATE}
+            fixed = {"images": self.sampler.length, "processes": self.accelerator.num_processes}
+            state = {name: getattr(self, name) for name in _STATE} | {"fixed": fixed}
             folder = checkpoint.save(
                 self.checkpoints, name, model=self.plain.state_dict(), training=training, state=state
             )
@@ -295,7 +326,7 @@ class _Work:
             values |= {"test_loss": self.last.loss, "test_accuracy": self.last.accuracy}
             better = self.last.accuracy >= self.best_accuracy
             sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))[0]
-            values["firing_rate"] = firing_rates(self.judged, sample)[1]
+            values["firing_rate"] = firing_rates(self.tested, sample)[1]
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {
@@ -315,19 +346,19 @@ class _Work:
     def _test(self, *, images: int) -> Evaluation:
         recipe = self.recipe
         if self.accelerator.num_processes > 1:
-            for buffer in self.judged.buffers():  # running statistics: those of process 0 are saved, so test those
+            for buffer in self.tested.buffers():  # running statistics: those of process 0 are saved, so test those
                 torch.distributed.broadcast(buffer, 0)
         loader = batches_of(self.test_split, batch_size=recipe.batch_size, images=images, workers=recipe.workers)
         if self.accelerator.num_processes == 1:
-            return evaluate(self.judged, loader)
-        return evaluate(self.judged, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
+            return evaluate(self.tested, loader)
+        return evaluate(self.tested, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
 
     def finish(self) -> Summary:
         """Save the network and sum up, in the main process; the others wait and read."""
         last = self.last or self._test(images=0)
         if self.accelerator.is_main_process:
             finish(
-                self.judged,
+                self.tested,
                 self.recipe,
                 self.run,
                 split=self.test_split,

@@ -7,6 +7,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from spikeformers.data.images import ImageData
+from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.summary import read_summary
 from spikeformers.zoo import from_pretrained, list_models
@@ -25,6 +26,20 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if recipe.channels_last:  # as in training: another layout rounds differently
         model.to(memory_format=torch.channels_last)
     return model, recipe, tuple(summary.classes)
+
+
+def stored_recipe(run: Path, *, name: str) -> Recipe | None:
+    """The recipe that `run`, or the first of its seeds, was started with; None if `run` holds none yet.
+
+    So resuming needs no setting again. Raises ValueError if it is not the recipe called `name`.
+    """
+    found = next((each for each in (run, *sorted(run.glob("seed-*"))) if (each / "recipe.json").is_file()), None)
+    if found is None:
+        return None
+    recipe = from_json(read_json(found / "recipe.json"))
+    if recipe.name != name:
+        raise ValueError(f"{run} is a run of {recipe.name}, not of {name}; resume it as {recipe.name}")
+    return recipe
 
 
 def run_of(folder: Path) -> Path | None:

@@ -1,10 +1,12 @@
 import dataclasses
 import io
 import json
+import shutil
 import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -13,7 +15,8 @@ from spikeformers.data.images import ImageSplit
 from spikeformers.train import checkpoint
 from spikeformers.train.logs import read_log
 from spikeformers.train.loop import train
-from spikeformers.train.recipe import Distill, Init, Optim, Saving, override
+from spikeformers.train.recipe import Distill, Init, Optim, Saving, override, to_json
+from spikeformers.train.saved import stored_recipe
 from spikeformers.train.seeds import train_seeds
 
 
@@ -186,6 +189,60 @@ def test_any_recipe_starts_from_another_run(tiny, tmp_path):
         train(tiny(init=Init(backbone="nowhere")), run=tmp_path / "third")
 
 
+def test_resuming_does_not_want_the_backbone_again(tiny, tmp_path, monkeypatch):
+    train(tiny(epochs=1), run=tmp_path / "first")
+    recipe = tiny(init=Init(backbone=str(tmp_path / "first")))
+    interrupt_at(monkeypatch, 1, 1)
+    with pytest.raises(ConnectionError):
+        train(recipe, run=tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    train(recipe, run=tmp_path / "second", resume=True)
+
+
+def test_a_stored_recipe_resumes_the_run_from_data_that_moved(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert stored_recipe(run, name="tiny") is None
+    interrupt_at(monkeypatch, 1, 1)
+    with pytest.raises(ConnectionError):
+        train(tiny(), run=run)
+    assert stored_recipe(run, name="tiny") == tiny()
+    with pytest.raises(ValueError, match="is a run of tiny, not of digits"):
+        stored_recipe(run, name="digits")
+    moved = override(stored_recipe(run, name="tiny"), "data.root", "elsewhere")
+    train(moved, run=run, resume=True)
+    assert stored_recipe(run, name="tiny") == moved
+
+
+def test_resuming_on_other_images_or_with_other_processes_is_refused(tiny, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 1, 1)
+    with pytest.raises(ConnectionError):
+        train(tiny(), run=tmp_path)
+    state = checkpoint.newest(tmp_path / "checkpoints") / "state.json"
+    stored = json.loads(state.read_text())
+    assert stored["fixed"] == {"images": 32, "processes": 1}
+    for fixed, message in (
+        ({"images": 33, "processes": 1}, "trained on 33 images, but there are 32 now: set data.root"),
+        ({"images": 32, "processes": 3}, "trained by 3 process.*--num_processes 3"),
+    ):
+        state.write_text(json.dumps(stored | {"fixed": fixed}))
+        with pytest.raises(ValueError, match=message):
+            train(tiny(), run=tmp_path, resume=True)
+
+
+def test_the_recipe_of_a_run_of_seeds_is_found_in_its_seeds(tiny, tmp_path):
+    (tmp_path / "seed-3").mkdir()
+    checkpoint.write_json(tmp_path / "seed-3" / "recipe.json", to_json(tiny(seed=3)))
+    assert stored_recipe(tmp_path, name="tiny") == tiny(seed=3)
+
+
+def test_only_the_main_process_writes_the_seeds_file(tiny, tmp_path, monkeypatch):
+    summary = train(tiny(epochs=1), run=tmp_path / "seed-0")
+    monkeypatch.setattr("spikeformers.train.seeds.train", lambda *_, **__: summary)
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    assert train_seeds(tiny(), (0,), run=tmp_path).accuracy_mean == summary.accuracy
+    assert not (tmp_path / "seeds.json").exists()
+
+
 def test_too_few_images_for_a_step_say_so(tiny, tmp_path):
     with pytest.raises(ValueError, match="lower"):
         train(tiny(accumulate=5), run=tmp_path / "a")
@@ -201,3 +258,22 @@ def test_the_best_checkpoint_stays_when_others_are_pruned(tiny, tmp_path):
     kept = {folder.name for folder in checkpoint.complete(tmp_path / "checkpoints")}
     assert kept == {f"epoch-{best:04d}", "epoch-0004"}
     assert checkpoint.pointed(tmp_path / "checkpoints", "best").name == f"epoch-{best:04d}"
+
+
+def test_the_launchers_precision_does_not_override_the_recipe(tiny, tmp_path, monkeypatch):
+    train(tiny(epochs=1), run=tmp_path / "plain")
+    AcceleratorState._reset_state(reset_partial_state=True)  # or the first one's precision stays
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(tiny(epochs=1), run=tmp_path / "told")
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("plain", "told")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron")]
+)
+def test_plugins_that_split_the_network_are_refused(tiny, tmp_path, monkeypatch, plugin, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ValueError, match=f"{name}.* is not supported yet.*launch without it"):
+        train(tiny(), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

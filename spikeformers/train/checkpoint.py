@@ -50,7 +50,7 @@ def save(root: Path, name: str, *, model: dict, training: dict, state: dict) -> 
 
 def write_json(path: Path, content: object) -> None:
     """Replace a small JSON file in one step: readers see the old or the new text, never a part."""
-    hidden = path.with_name(f"{_HIDDEN}{path.name}")
+    hidden = path.with_name(f"{_HIDDEN}{path.name}-{os.getpid()}")
     try:
         _write(hidden, json.dumps(content, indent=1).encode())
         hidden.replace(path)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 
 from spikeformers.train.checkpoint import write_json
@@ -36,5 +37,6 @@ def train_seeds(
     accuracies = [each.accuracy for each in summaries]
     mean, sd = spread(accuracies)
     content = {"seeds": list(seeds), "accuracies": accuracies, "accuracy_mean": mean, "accuracy_sd": sd}
-    write_json(Path(run) / "seeds.json", content)
+    if PartialState().is_main_process:
+        write_json(Path(run) / "seeds.json", content)
     return SeedsSummary(tuple(seeds), tuple(summaries), mean, sd)

@@ -123,6 +123,16 @@ def test_a_disk_that_fails_late_leaves_nothing_half_written(tmp_path, monkeypatc
     assert [each.name for each in tmp_path.iterdir()] == ["epoch-0001"]
 
 
+def test_two_processes_never_write_to_the_same_hidden_file(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "_write", lambda path, content: written.append(path) or path.write_bytes(content))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        checkpoint.write_json(tmp_path / "seeds.json", {})
+    assert len(set(written)) == 2
+    assert [each.name for each in tmp_path.iterdir()] == ["seeds.json"]
+
+
 def test_damage_is_named(tmp_path):
     folder = save(tmp_path, 1)
     (folder / "model.safetensors").write_bytes(b"x" * 20)

@@ -1,7 +1,6 @@
 """THE catalogue: every model by name, and the functions that build, list and load them."""
 
 import dataclasses
-import difflib
 import fnmatch
 import json
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from spikeformers.backbones import meta_spikeformer
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
-from spikeformers.neurons import set_steps
+from spikeformers.neurons import closest, set_steps
 from spikeformers.weights import load_official, load_strict, read_checkpoint
 
 
@@ -46,19 +45,31 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Raises ValueError for an unknown name or field (the closest ones are listed) or a value the model refuses.
     """
     if name not in CATALOGUE:
-        close = difflib.get_close_matches(name, CATALOGUE, n=3) or list_models()
-        raise ValueError(f"unknown model {name!r}; closest: {', '.join(close)}")
+        raise ValueError(f"unknown model {name!r}; {closest(name, CATALOGUE)}")
     config = CATALOGUE[name].config
-    known = {field.name: field for field in dataclasses.fields(config)}
-    for field in overrides:
-        if field not in known:
-            close = difflib.get_close_matches(field, known, n=3) or list(known)
-            raise ValueError(f"{name} has no option {field!r}; closest: {', '.join(close)}")
     # JSON and command lines bring lists where configs hold tuples.
     values = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
+    _check_types(name, config, values)
     model = dataclasses.replace(config, **values).build()
     model.origin = Origin(name, values)
     return model
+
+
+def _check_types(name: str, config: Any, values: dict[str, Any]) -> None:
+    """Raises ValueError unless every value is of the type that the config has there (or a builder, for a choice)."""
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for field, value in values.items():
+        if field not in known:
+            raise ValueError(f"{name} has no option {field!r}; {closest(field, known)}")
+        default = known[field]
+        if isinstance(default, tuple):
+            fits = isinstance(value, tuple) and all(type(entry) is type(default[0]) for entry in value)
+            wanted = f"a tuple of {type(default[0]).__name__}"
+        else:
+            fits = type(value) is type(default) or (isinstance(default, str) and callable(value))
+            wanted = type(default).__name__
+        if not fits:
+            raise ValueError(f"{name}: option {field} must be {wanted}, such as {default!r}, got {value!r}")
 
 
 def import_checkpoint(path: str | Path, *, name: str, out: str | Path, overrides: dict[str, Any]) -> str:
@@ -93,11 +104,15 @@ def from_pretrained(source: str | Path) -> nn.Module:
         raise ValueError(f"{source} is not a saved model: it needs {CONFIG} and {WEIGHTS}") from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{source} is damaged: {error}") from error
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} has format {config.get('format')!r}; this version reads {FORMAT!r}")
-    model = create_model(config["name"], **config["overrides"])
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise ValueError(f"{folder / CONFIG} has format {found!r}; this version reads {FORMAT!r}")
+    name, overrides, steps = (config.get(key) for key in ("name", "overrides", "steps"))
+    if not (isinstance(name, str) and isinstance(overrides, dict) and isinstance(steps, int)):
+        raise ValueError(f"{folder / CONFIG} is damaged: it needs a name, overrides and steps")
+    model = create_model(name, **overrides)
     load_strict(model, weights)
-    set_steps(model, config["steps"])
+    set_steps(model, steps)
     return model.eval()
 
 

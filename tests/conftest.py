@@ -19,6 +19,15 @@ def seeded():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def unchecked():
+    """For tests that compile: the shape checker's wrappers switched off, since the compiler would trace them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch.compiler.reset()  # graphs of earlier tests count towards the limit of recompilations
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real images and recordings (never part of the project); tests that use it skip without it."""

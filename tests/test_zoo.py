@@ -1,6 +1,5 @@
 """The catalogue: names, overrides, saving and loading."""
 
-import errno
 import json
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 import spikeformers as sf
-from spikeformers.layers import pretrained
 
 TINY = {"dims": (8, 16, 16, 24), "num_classes": 5, "blocks": (1, 1, 0, 1, 0), "heads": 4}
 
@@ -42,21 +40,25 @@ def test_a_saved_model_comes_back_with_equal_logits_steps_and_options(tmp_path):
     assert config["overrides"]["dims"] == [8, 16, 16, 24]
 
 
-def test_saving_again_replaces_the_folder_and_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+def test_saving_again_replaces_the_model_keeps_other_files_and_survives_a_full_disk(tmp_path):
     folder = tmp_path / "model"
     sf.create_model("meta_spikeformer_15m", **TINY).save_pretrained(folder)
     second = sf.create_model("meta_spikeformer_15m", **TINY)
     second.save_pretrained(folder)
     assert torch.equal(sf.from_pretrained(folder).head.weight, second.head.weight)
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(pretrained, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        sf.create_model("meta_spikeformer_15m", **TINY).save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    code = (  # a limit on the size of files is what a full disk looks like to a program
+        "import resource, signal, sys, spikeformers as sf; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
+        f"sf.create_model('meta_spikeformer_15m', **{TINY}).save_pretrained(sys.argv[1])"
+    )
+    for target in (folder, tmp_path / "new"):
+        ended = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True)
+        assert "OSError" in ended.stderr.splitlines()[-1]
     assert torch.equal(sf.from_pretrained(folder).head.weight, second.head.weight)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert not (tmp_path / "new").exists()
 
 
 def test_options_that_json_cannot_name_are_refused_when_saving(tmp_path):
@@ -86,3 +88,21 @@ def test_the_root_exports_its_names_and_help_does_not_wait_for_torch():
         _ = sf.nonsense
     code = "import sys, spikeformers.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("mlp_ratio", 2.5), ("shortcut", 5), ("distillation", "false"), ("dims", (8, "16", 3, 4))]
+)
+def test_options_of_the_wrong_type_are_refused_with_an_example(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        sf.create_model("meta_spikeformer_15m", **(TINY | {option: value}))
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", "{}", '{"format": "spikeformers/1"}', '{"format": "spikeformers/1", "name": 3}']
+)
+def test_a_strange_config_is_refused(config, tmp_path):
+    sf.create_model("meta_spikeformer_15m", **TINY).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        sf.from_pretrained(tmp_path)

@@ -7,7 +7,6 @@ default, since the published accuracies come from it (docs/errata.md lists each)
 maps and every linear layer on tokens is a 1x1 convolution: the same numbers, one kind of layer to merge and deploy.
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +18,24 @@ from torch import Tensor, nn
 
 from spikeformers.attention import SDSA
 from spikeformers.backbones.features import FeatureInfo
-from spikeformers.layers import SHORTCUTS, ChannelConv, ChannelMLP, ConvBN, Pretrained, RepConv, SepConv
-from spikeformers.neurons import Door, NeuronBuilder, TimeMean, neuron_builder
+from spikeformers.layers import (
+    SHORTCUTS,
+    ChannelConv,
+    ChannelMLP,
+    ConvBN,
+    MembraneShortcut,
+    Pretrained,
+    RepConv,
+    SepConv,
+)
+from spikeformers.neurons import Door, NeuronBuilder, TimeMean, closest, neuron_builder
 
 Mixer = Callable[..., nn.Module]
 """Called as `mixer(dim, neuron=builder)`; the module maps spikes [TB, C, H, W] to currents of the same shape."""
 
 
 class Identity(nn.Identity):
-    """The token mixer that mixes nothing."""
+    """The mixer that mixes nothing."""
 
     def __init__(self, dim: int, *, neuron: NeuronBuilder) -> None:
         super().__init__()
@@ -81,10 +89,13 @@ class TransformerBlock(nn.Module):
 class MetaSpikeFormerConfig:
     """Every size and every switch of Table 5; each named choice may also be a builder of your own.
 
+    `conv_token_mixer`, `conv_channel_mixer`: of conv blocks.  `attention`, `channel_mixer`: token and channel mixer of
+    transformer blocks.  Token mixers: sep_conv, sdsa1..sdsa4, identity, pooling; for conv blocks also none, which drops
+    the shortcut too.  Channel mixers: conv, mlp, identity.  `qkv`, `proj`: rep_conv, linear.  `shortcut`: ms, sew, vs.
     `dims`: channels C1..C4 of stages 1-4; the first level of stage 1 has C1/2.  `blocks`, `strides`: of the five levels
     stage1a, stage1b, stage2, stage3, stage4; blocks (0, 0, 0, 6, 2) are four plain convolutions before a transformer.
     `levels` is D of integer neurons.  `pyramid=False` keeps stage 3's width and drops the last down-sampling.
-    `head_spikes=False` lets the classifier read un-spiked means, as the authors' code did before March 2024.
+    `head_spikes=False` lets the main classifier read un-spiked means, as the authors' code did before March 2024.
     `distillation` adds the second classifier of DeiT: a pair of logits in training, their mean in evaluation.
     """
 
@@ -102,9 +113,10 @@ class MetaSpikeFormerConfig:
     conv_token_mixer: str | Mixer = "sep_conv"
     conv_channel_mixer: str | Mixer = "conv"
     attention: str | Mixer = "sdsa3"
+    channel_mixer: str | Mixer = "mlp"
     qkv: str | Callable[[int, int], nn.Module] = "rep_conv"
     proj: str | Callable[[int, int], nn.Module] = "rep_conv"
-    shortcut: str = "ms"
+    shortcut: str | type[MembraneShortcut] = "ms"
     single_scale_stem: bool = False
     pyramid: bool = True
     head_spikes: bool = True
@@ -115,7 +127,6 @@ class MetaSpikeFormerConfig:
 
 
 PROJECTIONS = {"rep_conv": RepConv, "linear": partial(ConvBN, kernel=1)}
-MIXERS = {"sep_conv": SepConv, "none": None, "identity": Identity, "pooling": Pooling}
 
 
 def _choose(field: str, choice: object, known: dict) -> object:
@@ -123,40 +134,52 @@ def _choose(field: str, choice: object, known: dict) -> object:
     if not isinstance(choice, str):
         return choice
     if choice not in known:
-        close = difflib.get_close_matches(choice, known, n=3) or list(known)
-        raise ValueError(f"{field}: unknown choice {choice!r}; closest: {', '.join(close)}")
+        raise ValueError(f"{field}: unknown choice {choice!r}; {closest(choice, known)}")
     return known[choice]
+
+
+def _neuron(config: MetaSpikeFormerConfig) -> NeuronBuilder:
+    return neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
+
+
+def _shortcut(config: MetaSpikeFormerConfig) -> type[MembraneShortcut]:
+    return _choose("shortcut", config.shortcut, SHORTCUTS)
 
 
 def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
     """One block of `kind` "conv" or "transformer" with the mixers that `config` chooses."""
-    neuron = neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
-    mlp = partial(ChannelMLP, ratio=config.mlp_ratio)
-    shortcut = _choose("shortcut", config.shortcut, SHORTCUTS)
+    projections = {name: _choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
+    attention = {name: partial(operator, heads=config.heads, **projections) for name, operator in SDSA.items()}
+    token = {"sep_conv": SepConv, "identity": Identity, "pooling": Pooling, **attention}
+    channel = {
+        "conv": partial(ChannelConv, ratio=config.mlp_ratio),
+        "mlp": partial(ChannelMLP, ratio=config.mlp_ratio),
+        "identity": Identity,
+    }
+    shared = {"shortcut": _shortcut(config), "neuron": _neuron(config)}
     if _choose("kinds", kind, {"conv": "conv", "transformer": "transformer"}) == "conv":
-        channel = {"conv": partial(ChannelConv, ratio=config.mlp_ratio), "mlp": mlp}
         return ConvBlock(
             dim,
-            token_mixer=_choose("conv_token_mixer", config.conv_token_mixer, MIXERS),
+            token_mixer=_choose("conv_token_mixer", config.conv_token_mixer, {**token, "none": None}),
             channel_mixer=_choose("conv_channel_mixer", config.conv_channel_mixer, channel),
-            shortcut=shortcut,
-            neuron=neuron,
+            **shared,
         )
-    projections = {name: _choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
-    operators = {name: partial(op, heads=config.heads, **projections) for name, op in SDSA.items()}
-    attention = _choose("attention", config.attention, operators | MIXERS)
-    return TransformerBlock(dim, token_mixer=attention, channel_mixer=mlp, shortcut=shortcut, neuron=neuron)
+    return TransformerBlock(
+        dim,
+        token_mixer=_choose("attention", config.attention, token),
+        channel_mixer=_choose("channel_mixer", config.channel_mixer, channel),
+        **shared,
+    )
 
 
 def _down(config: MetaSpikeFormerConfig, in_channels: int, dim: int, *, stride: int, kernel: int) -> nn.Sequential:
     """Down-sampling: SN - Conv - BN between membranes, Conv - BN - SN between spikes; the image is not spiked."""
-    neuron = neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
     conv = ConvBN(in_channels, dim, kernel, stride=stride, bias=True)
-    if SHORTCUTS[config.shortcut].carries_spikes:
-        return nn.Sequential(OrderedDict(conv=conv, neuron=neuron()))
+    if _shortcut(config).carries_spikes:
+        return nn.Sequential(OrderedDict(conv=conv, neuron=_neuron(config)()))
     if kernel == 7:
         return nn.Sequential(OrderedDict(conv=conv))
-    return nn.Sequential(OrderedDict(neuron=neuron(), conv=conv))
+    return nn.Sequential(OrderedDict(neuron=_neuron(config)(), conv=conv))
 
 
 @dataclass(frozen=True)
@@ -211,12 +234,14 @@ class MetaSpikeFormer(Pretrained):
             strides.append(strides[-1] * max(level.stride, 1))
         self.feature_info = FeatureInfo(self.level_names, dims[1:], tuple(strides[1:]))
 
-        spiked = config.head_spikes and not SHORTCUTS[config.shortcut].carries_spikes
-        neuron = neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
-        self.head_neuron = neuron() if spiked else nn.Identity()
+        # A stream of spikes needs no neuron here; un-spiked, only the second classifier would use it.
+        spiked = not _shortcut(config).carries_spikes and (config.head_spikes or config.distillation)
+        self.head_neuron = _neuron(config)() if spiked else nn.Identity()
         self.head = nn.Linear(dims[-1], config.num_classes)
         self.head_kd = nn.Linear(dims[-1], config.num_classes) if config.distillation else None
+        # One each: in a stream a mean over time carries its own sum.
         self.time_mean = TimeMean(steps=config.steps)
+        self.time_mean_kd = TimeMean(steps=config.steps) if config.distillation else None
         for head in (self.head, self.head_kd):
             if head is not None:
                 nn.init.trunc_normal_(head.weight, std=0.02)
@@ -238,11 +263,12 @@ class MetaSpikeFormer(Pretrained):
 
     def forward(self, x: Tensor) -> Float[Tensor, "B L"] | tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         # The mean over pixels comes first and its neuron second (a spike per channel), as in the authors' code.
-        pooled = self.head_neuron(self.forward_features(x)[-1].mean((2, 3)))
-        logits = self.time_mean(self.head(pooled))
+        pooled = self.forward_features(x)[-1].mean((2, 3))
+        spikes = self.head_neuron(pooled)
+        logits = self.time_mean(self.head(spikes if self.config.head_spikes else pooled))
         if self.head_kd is None:
             return logits
-        logits_kd = self.time_mean(self.head_kd(pooled))
+        logits_kd = self.time_mean_kd(self.head_kd(spikes))
         return (logits, logits_kd) if self.training else (logits + logits_kd) / 2
 
 
@@ -258,7 +284,8 @@ def _check(config: MetaSpikeFormerConfig) -> None:
             raise ValueError(f"{field} needs one entry for each of five levels, got {getattr(config, field)}")
     if min(config.strides) < 1:
         raise ValueError(f"strides must be at least 1, got {config.strides}")
-    _choose("shortcut", config.shortcut, SHORTCUTS)
+    if min(config.blocks) < 0:
+        raise ValueError(f"blocks must not be negative, got {config.blocks}")
 
 
 SIZES = {  # Table 7; stage 4 of the smallest has 360 channels (the text's 10C = 320 does not give 15.1 M parameters)

@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import nn
 
 from spikeformers.layers.version import __version__
@@ -31,10 +29,10 @@ class Pretrained(nn.Module):
     origin: Origin | None = None
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `folder`/config.json and model.safetensors; all of it or nothing. Returns the folder.
+        """Write `folder`/config.json and model.safetensors, replacing those there; returns the folder.
 
         Raises ValueError if the model did not come from create_model or was given a builder that JSON cannot name,
-        and OSError if the disk is full; an earlier folder of that name is then left as it was.
+        and OSError if the disk is full; what the folder held before is then left as it was.
         """
         if self.origin is None:
             raise ValueError("only models built by create_model can be saved: config.json names them by the catalogue")
@@ -50,28 +48,31 @@ class Pretrained(nn.Module):
             text = json.dumps(config, indent=2)
         except TypeError as error:
             raise ValueError(f"an override cannot be written to JSON; pass it by its name: {error}") from error
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, staging / WEIGHTS)
-            (staging / CONFIG).write_text(text + "\n", encoding="utf-8")
-            replace_folder(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return target
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_files(Path(folder), {WEIGHTS: safetensors.torch.save(weights), CONFIG: text.encode() + b"\n"})
+        return Path(folder)
 
 
-def replace_folder(staging: Path, target: Path) -> None:
-    """Put the finished folder `staging` in the place of `target`, which may exist."""
-    for path in staging.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        os.replace(target, old / "old")
-        os.replace(staging, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(staging, target)
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write the files of `contents` (name -> bytes) into `folder`; other files in it stay.
+
+    Every file is complete under a temporary name before the first one takes its place.  Raises OSError (full disk,
+    no permission) with earlier files as they were, and without the folder if it was not there before.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = {folder / name: folder / f".tmp-{os.getpid()}-{name}" for name in contents}
+    try:
+        for temporary, content in zip(staged.values(), contents.values(), strict=True):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for target, temporary in staged.items():
+            temporary.replace(target)
+    except OSError:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+        if new:
+            folder.rmdir()
+        raise

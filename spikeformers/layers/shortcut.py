@@ -10,7 +10,7 @@ from typing import ClassVar
 from jaxtyping import Real
 from torch import Tensor, nn
 
-from spikeformers.neurons import NeuronBuilder
+from spikeformers.neurons import NeuronBuilder, as_membrane
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -25,6 +25,7 @@ class MembraneShortcut(nn.Module):
         self.neuron = neuron()
 
     def forward(self, u: Real[Tensor, "TB C H W"], branch: Branch) -> Real[Tensor, "TB C H W"]:
+        u = as_membrane(u)  # under autocast the branch comes in bfloat16, the stream must not
         return u + branch(self.neuron(u))
 
 

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from spikeformers.neurons.steps import Temporal
 
+LARGEST_LEVELS = 255  # counts are handed on as uint8
+
+
+def as_membrane(x: Tensor) -> Tensor:
+    """`x` in the precision of membranes: float32, or float64 if it has that."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
 
 class Neuron(Temporal):
     """Turns currents [T*B, ...] into spikes of the same shape: counts 0..`levels`, each worth `unit`.
@@ -17,8 +24,8 @@ class Neuron(Temporal):
 
     def __init__(self, *, steps: int, levels: int, unit: float, threshold: float | Tensor, carries: bool) -> None:
         super().__init__(steps=steps)
-        if levels < 1:
-            raise ValueError(f"levels must be at least 1, got {levels}")
+        if not 1 <= levels <= LARGEST_LEVELS:
+            raise ValueError(f"levels must be at least 1 and at most {LARGEST_LEVELS}, got {levels}")
         if not isinstance(threshold, Tensor) and threshold <= 0:
             raise ValueError(f"threshold must be positive, got {threshold}")
         self.levels = levels
@@ -41,7 +48,7 @@ class Neuron(Temporal):
     def forward(self, current: Tensor) -> Tensor:
         """currents [T*B, ...] -> spikes [T*B, ...] in the dtype of the input; membranes in float32 or wider."""
         dtype = current.dtype
-        slices = current if dtype in (torch.float32, torch.float64) else current.float()
+        slices = as_membrane(current)
         if not self.carries:
             return self.spike(self.charge(slices, None)).to(dtype)
         # unbind, not indexing: its backward stacks the steps, where indexing would fill all T with zeros for each step.

@@ -66,7 +66,7 @@ class Door(Temporal):
         self.in_channels = in_channels
 
     def forward(self, x: Tensor) -> Float[Tensor, "TB C H W"]:
-        """images [B, C, H, W] or clip [T, B, C, H, W] -> [T*B, C, H, W]. Raises ValueError for another shape or T."""
+        """images [B, C, H, W] or clip [T, B, C, H, W] -> [T*B, C, H, W]. Raises ValueError for any other input."""
         if x.ndim not in (4, 5):
             raise ValueError(f"expected images [B, C, H, W] or a clip [T, B, C, H, W], got shape {tuple(x.shape)}")
         if x.shape[-3] != self.in_channels:
@@ -74,6 +74,8 @@ class Door(Temporal):
                 f"this model takes {self.in_channels} input channels, got {x.shape[-3]} in shape {tuple(x.shape)}; "
                 f"build it with in_channels={x.shape[-3]} or convert the input"
             )
+        if not x.is_floating_point():
+            raise ValueError(f"images must be floating point, got {x.dtype}: convert and normalise them first")
         if x.ndim == 4:
             return x if self.steps == 1 else x.repeat(self.steps, 1, 1, 1)
         # A wrong T that divides T*B would mix images silently further on.

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -57,12 +57,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")  # torch remarks on old pickle protocols; errors are told below
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        wish = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {wish[1]}, which may run code" if wish else "it is damaged, or no file of tensors"
         raise ValueError(
-            f"{path} refused: it is damaged, or it wants to run code when read ({str(error).splitlines()[0]}). "
-            "Only tensors and plain containers are read; ask its author for a state_dict or safetensors file"
+            f"{path} refused: {why}. Only tensors and plain containers are read; ask its author for a safetensors file"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged pickles raise nearly anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or no checkpoint: {first}") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -94,10 +96,11 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
         if name is not None:
             own[name] = names.own_tensor(bare, tensor)
         else:
-            (dropped if key.startswith(OTHER_NETWORKS) else unknown).append(key)
+            (dropped if bare.startswith(OTHER_NETWORKS) else unknown).append(key)
     if unknown:
         raise ValueError(f"{len(unknown)} tensors in the file are not of {type(model).__name__}: {few(unknown)}")
-    return _load(model, own, dropped=dropped, describe=names.describe_widths)
+    kept = [key for key in model.state_dict() if key not in own and _is_head(key)]
+    return _load(model, own, kept=kept, dropped=dropped, describe=names.describe_widths)
 
 
 def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -105,15 +108,16 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
     Raises ValueError that names the first keys missing, unexpected or of another shape; the model is then unchanged.
     """
-    _check_fit(model, weights, weights)
+    _check_fit(model, weights)
     model.load_state_dict(weights)
 
 
 def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     """Start `model` from `source`: a run, a folder of `save_pretrained`, or a checkpoint file (ours or the authors').
 
-    Every weight of the backbone must arrive. Classifiers of another number of classes, and layers the source lacks, are
-    new: Xavier weights, zero biases.  Raises ValueError if anything else differs; the model is then unchanged.
+    Every weight of the source must arrive but for its classifier, which stays out if it has other classes. What the
+    source lacks is new: Xavier weights, zero biases, anything else (a threshold, a norm) as it was built.
+    Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
     """
     path = Path(source)
     if path.is_dir():
@@ -126,10 +130,15 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     for key in [key for key in weights if _is_head(key) and (key not in own or weights[key].shape != own[key].shape)]:
         del weights[key]
     describe = names.describe_widths if names is not None else None
-    report = _load(model, weights, dropped=[], describe=describe)
-    for key in report.kept:
-        parameter = model.get_parameter(key)
-        (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter)
+    kept = [key for key in own if key not in weights]
+    if len(kept) == len(own):
+        raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
+    report = _load(model, weights, kept=kept, dropped=[], describe=describe)
+    for key, parameter in model.named_parameters():
+        if key in report.kept and parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+        elif key in report.kept and key.endswith("bias"):
+            nn.init.zeros_(parameter)
     return report
 
 
@@ -160,21 +169,20 @@ def _is_head(key: str) -> bool:
     return key.split(".")[0] in ("head", "head_kd")
 
 
-def _load(model: nn.Module, own: dict[str, Tensor], *, dropped: list[str], describe) -> LoadReport:
-    """Load `own` (our keys) with classifiers optional; widths that differ are described by `describe`."""
+def _load(model: nn.Module, own: dict[str, Tensor], *, kept: list[str], dropped: list[str], describe) -> LoadReport:
+    """Load `own` (our keys) beside what is `kept`; classifiers that the model lacks are dropped."""
     expected = model.state_dict()
     extra_heads = [key for key in own if key not in expected and _is_head(key)]
-    kept = [key for key in expected if key not in own and _is_head(key)]
-    fitting = {key: tensor for key, tensor in own.items() if key not in extra_heads}
-    _check_fit(model, fitting, {**fitting, **{key: expected[key] for key in kept}}, describe)
-    model.load_state_dict({**{key: expected[key] for key in kept}, **fitting})
-    return LoadReport(len(fitting), (*dropped, *extra_heads), tuple(kept))
+    complete = {key: expected[key] for key in kept} | {k: v for k, v in own.items() if k not in extra_heads}
+    _check_fit(model, complete, describe)
+    model.load_state_dict(complete)
+    return LoadReport(len(complete) - len(kept), (*dropped, *extra_heads), tuple(kept))
 
 
-def _check_fit(model: nn.Module, weights: dict[str, Tensor], complete: dict[str, Tensor], describe=None) -> None:
-    """Raises ValueError unless `complete` has exactly the keys and shapes of the model."""
+def _check_fit(model: nn.Module, weights: dict[str, Tensor], describe=None) -> None:
+    """Raises ValueError unless `weights` has exactly the keys and shapes of the model."""
     own = model.state_dict()
-    missing, extra = [key for key in own if key not in complete], [key for key in complete if key not in own]
+    missing, extra = [key for key in own if key not in weights], [key for key in weights if key not in own]
     wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     problems = [
         f"{len(keys)} {what} ({few(keys)})" for what, keys in (("missing", missing), ("unexpected", extra)) if keys

@@ -2,11 +2,12 @@
 
 import copy
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
 
+from spikeformers.attention import SDSA3
+from spikeformers.layers import ConvBN, VanillaShortcut
 from spikeformers.neurons import LIF, set_steps, streaming
 from spikeformers.zoo import create_model
 
@@ -180,14 +181,6 @@ def test_a_pass_leaves_no_trace_and_copies_are_equal():
 COMPILABLE = {"blocks": (0, 1, 0, 1, 0), "dims": (4, 8, 8, 8), "heads": 2}
 
 
-@pytest.fixture
-def unchecked():
-    """The shape checker's wrappers switched off: the compiler would trace them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize("neuron", ["lif", "ie_lif"])
 def test_compiles_to_one_graph_and_exports_with_equal_logits(neuron, unchecked):
     model = awake(tiny(neuron=neuron, steps=2, **COMPILABLE))
@@ -255,3 +248,48 @@ def test_impossible_networks_are_refused_with_value_and_cure(overrides, message)
 def test_wrong_channels_of_an_image_name_the_cure():
     with pytest.raises(ValueError, match="in_channels=1"):
         tiny()(torch.zeros(1, 1, 32, 32))
+
+
+def test_the_old_official_head_reads_means_and_the_distilled_one_spikes():
+    model = awake(tiny(distillation=True, head_spikes=False, neuron="i_lif"))
+    seen = {}
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.__setitem__("head", inputs[0]))
+    model.head_kd.register_forward_pre_hook(lambda _, inputs: seen.__setitem__("head_kd", inputs[0]))
+    model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert torch.equal(seen["head_kd"], seen["head_kd"].round())
+    assert not torch.equal(seen["head"], seen["head"].round())
+
+
+def test_a_distilled_model_streams_as_its_clip():
+    model, clip = awake(tiny(steps=3, distillation=True)), torch.randn(3, 2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(clip)
+        with streaming(model):
+            for frame in clip:
+                logits = model(frame)
+    assert torch.allclose(logits, whole, atol=1e-12, rtol=0)
+
+
+def test_mixers_and_shortcuts_of_ones_own_are_passed_in():
+    class Doubling(VanillaShortcut):
+        """A shortcut that no paper has."""
+
+    model = tiny(
+        neuron="i_lif",
+        conv_token_mixer="sdsa3",
+        conv_channel_mixer="identity",
+        attention=lambda dim, *, neuron: ConvBN(dim, dim, 3),
+        channel_mixer=lambda dim, *, neuron: ConvBN(dim, dim, 1),
+        shortcut=Doubling,
+    )
+    assert isinstance(model.stage1a.block0.sep_conv, SDSA3)
+    assert isinstance(model.stage3.block0.mlp, ConvBN)
+    assert isinstance(model.stage3.block0.attn_shortcut, Doubling)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def test_the_membrane_stream_is_float32_under_bfloat16_autocast():
+    model = tiny(neuron="i_lif").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = model.forward_features(torch.randn(2, 3, 32, 32))
+    assert {tensor.dtype for tensor in maps} == {torch.float32}

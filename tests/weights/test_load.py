@@ -175,3 +175,29 @@ def test_strict_loading_names_what_is_missing():
     del weights["head.bias"]
     with pytest.raises(ValueError, match=r"1 missing \(head.bias\)"):
         load_strict(model, weights)
+
+
+def test_layers_that_the_source_lacks_are_new_and_reported(tmp_path):
+    source = model_of()
+    source.save_pretrained(tmp_path / "sdsa3")
+    model = model_of(attention="sdsa4")
+    report = load_backbone(model, tmp_path / "sdsa3")
+    assert all(key.endswith("attn.threshold") for key in report.kept)
+    assert len(report.kept) == 8
+    assert model.stage3.block0.attn.attn.threshold.item() == 0.5
+    with pytest.raises(ValueError, match="unexpected"):
+        load_backbone(source, save_with_extra(model, tmp_path / "extra"))
+    save_file({"other.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no weight"):
+        load_backbone(model, tmp_path / "other.safetensors")
+
+
+def save_with_extra(model: torch.nn.Module, path) -> str:
+    model.save_pretrained(path)
+    return path
+
+
+def test_prefixes_of_wrappers_do_not_hide_other_networks(official):
+    wrapped = {f"module.backbone.{k}": v for k, v in official.items() if not k.startswith("head")}
+    report = load_official(model_of(), wrapped | {"module.decode_head.w": torch.zeros(1)})
+    assert report.dropped == ("module.decode_head.w",)

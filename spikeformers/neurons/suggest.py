@@ -1,0 +1,10 @@
+"""What to say about a name that does not exist."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The names in `known` most like `name` as "closest: a, b, c"; all of them if none is like it."""
+    names = list(known)
+    return f"closest: {', '.join(difflib.get_close_matches(name, names, n=3) or names)}"

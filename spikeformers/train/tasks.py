@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spikeformers.data.augment import mixing
 from spikeformers.train.recipe import Distill, Recipe
+from spikeformers.weights import load_strict, read_checkpoint
 
 
 def cross_entropy(logits: Tensor, target: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -89,21 +90,44 @@ def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: to
 
 
 def build_teacher(distill: Distill, *, num_classes: int, in_channels: int) -> nn.Module:
-    """The frozen teacher in eval mode, always in float32. Raises ValueError for an unknown name or missing weights."""
+    """The frozen teacher in eval mode, always in float32.
+
+    Raises ValueError for an unknown name, missing weights, or weights of other classes than `num_classes`.
+    """
     if not timm.is_model(distill.teacher):
         close = timm.list_models(f"*{distill.teacher.split('_')[0]}*")[:5]
         raise ValueError(f"distill.teacher {distill.teacher!r} is no model of timm; some like it: {', '.join(close)}")
     local = "" if distill.weights in ("pretrained", "random") else distill.weights
     if local and not Path(local).is_file():
         raise ValueError(f"distill.weights must be 'pretrained', 'random' or a file; there is no file {local}")
-    teacher = timm.create_model(
-        distill.teacher,
-        pretrained=distill.weights == "pretrained",
-        num_classes=num_classes,
-        in_chans=in_channels,
-        checkpoint_path=local or None,
-    )
+    pretrained = distill.weights == "pretrained"
+    if pretrained:
+        _check_pretrained(distill.teacher, num_classes=num_classes)
+    sizes = {"num_classes": num_classes, "in_chans": in_channels}
+    teacher = timm.create_model(distill.teacher, pretrained=pretrained, **sizes)
+    if local:
+        weights = read_checkpoint(local)
+        try:
+            load_strict(teacher, weights)
+        except ValueError as error:
+            raise ValueError(f"distill.weights {local} is not for {distill.teacher} with {sizes}: {error}") from None
     return teacher.eval().requires_grad_(False)
+
+
+def _check_pretrained(name: str, *, num_classes: int) -> None:
+    """timm gives a network a random classifier, without a word, where the classes differ in number."""
+    try:
+        pretrained = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*"))
+        raise ValueError(f"distill.teacher {name!r}: {error} timm has {known}") from None
+    if pretrained is None or not pretrained.has_weights:
+        raise ValueError(f"timm has no pretrained weights for distill.teacher {name!r}; give distill.weights a file")
+    if pretrained.num_classes != num_classes:
+        raise ValueError(
+            f"the pretrained weights of distill.teacher {name!r} know {pretrained.num_classes} classes, but the data "
+            f"has {num_classes}: finetune the teacher on this data and give its file as distill.weights"
+        )
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -60,6 +60,35 @@ def test_a_teacher_that_does_not_exist_is_named():
         build_teacher(Distill(teacher=TEACHER, weights="nowhere.pth"), num_classes=10, in_channels=3)
 
 
+def test_a_pretrained_teacher_of_other_classes_is_refused_before_any_download():
+    with pytest.raises(ValueError, match="'test_vit' know 1000 classes, but the data has 10"):
+        build_teacher(Distill(teacher=TEACHER), num_classes=10, in_channels=3)
+    with pytest.raises(ValueError, match=r"no pretrained weights for distill\.teacher 'vit_base_patch16_18x2_224'"):
+        build_teacher(Distill(teacher="vit_base_patch16_18x2_224"), num_classes=1000, in_channels=3)
+    with pytest.raises(ValueError, match=r"'test_vit\.foo'.*timm has test_vit\.r160_in1k"):
+        build_teacher(Distill(teacher="test_vit.foo"), num_classes=1000, in_channels=3)
+
+
+def test_a_teachers_file_that_does_not_fit_or_runs_code_is_refused(tmp_path):
+    distill = Distill(teacher=TEACHER, weights=str(tmp_path / "teacher.pth"))
+    torch.save(timm.create_model(TEACHER, num_classes=7).state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"teacher\.pth is not for test_vit with .*head\.weight is \(7, 64\)"):
+        build_teacher(distill, num_classes=10, in_channels=3)
+    torch.save(build_teacher, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"teacher\.pth refused"):
+        build_teacher(distill, num_classes=10, in_channels=3)
+
+
+def test_the_loss_is_taken_against_the_mixed_targets():
+    logits, labels = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 2])
+    soft = torch.tensor([[0.7, 0.0, 0.3], [0.3, 0.0, 0.7]])
+    task = Classification(smoothing=0.0, mixer=lambda images, _: (images + 1, soft))
+    seen = []
+    loss = task.loss(lambda images: seen.append(images) or logits, torch.zeros(2, 1, 2, 2), labels)
+    torch.testing.assert_close(loss, -(soft * logits.log_softmax(1)).sum(1).mean())
+    assert torch.equal(seen[0], torch.ones(2, 1, 2, 2))
+
+
 def test_mixup_gives_soft_targets_and_wants_even_batches(tiny):
     data = dataclasses.replace(tiny().data, augment=Augment(mixup=0.8, cutmix=1.0))
     sizes = {"num_classes": 10, "in_channels": 1, "device": torch.device("cpu")}

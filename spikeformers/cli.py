@@ -6,7 +6,9 @@ sub-commands that compute, not here, so that help is quick.
 """
 
 import argparse
+import contextlib
 import fnmatch
+import itertools
 import os
 import re
 import shlex
@@ -107,23 +109,32 @@ def list_names(arguments: Namespace) -> None:
 
 def train(arguments: Namespace) -> None:
     """Train a recipe, once or for each seed, write the reports and print the results."""
+    from spikeformers import recipes
     from spikeformers.train.loop import train as run_training
     from spikeformers.train.report import write_report
     from spikeformers.train.results import print_results, print_spread
     from spikeformers.train.seeds import train_seeds
 
-    recipe, seeds = configured(arguments), read_seeds(arguments.seeds)
-    run = run_folder(recipe.name, arguments)
+    seeds = read_seeds(arguments.seeds)
+    run = run_folder(recipes.get(arguments.recipe).name, arguments)
     common = {"run": run, "resume": arguments.resume, "console": main_console()}
     try:
+        recipe = configured(arguments, run)
         if seeds:
             found = train_seeds(recipe, seeds, **common)
             results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
         else:
             results = {run: run_training(recipe, **common)}
     except KeyboardInterrupt as stop:
+        if not holds_something(run):
+            raise
         where = f"{stop}; " if str(stop) else ""
         raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run)}") from None
+    finally:
+        if not (arguments.out or holds_something(run)):  # nothing came of it: give the claimed name back
+            for folder in (run, RUNS):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     for folder, summary in results.items() if is_main_process() else ():
         print_results(summary, write_report(folder))
     if len(seeds) > 1 and is_main_process():
@@ -194,7 +205,7 @@ def import_weights(arguments: Namespace) -> None:
     from spikeformers.zoo import import_checkpoint
 
     out = Path(arguments.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if holds_something(out) or out.is_file():
         raise ValueError(f"{out} is there already and not empty: choose another --out")
     overrides = {name: literal(text) for name, text in map(split_assignment, arguments.set)}
     print(import_checkpoint(arguments.file, name=arguments.model, out=out, overrides=overrides))
@@ -217,12 +228,15 @@ COMMANDS = {
 }
 
 
-def configured(arguments: Namespace) -> "Recipe":
-    """The named recipe with --set and --threads applied."""
+def configured(arguments: Namespace, run: Path) -> "Recipe":
+    """The named recipe, or on resuming the one that `run` was started with, with --set and --threads applied."""
     from spikeformers import recipes
     from spikeformers.train.recipe import override
+    from spikeformers.train.saved import stored_recipe
 
     recipe = recipes.get(arguments.recipe)
+    if arguments.resume:
+        recipe = stored_recipe(run, name=recipe.name) or recipe
     changes = [split_assignment(each) for each in arguments.set]
     if arguments.threads is not None:
         changes.append(("threads", str(arguments.threads)))
@@ -250,7 +264,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def run_folder(name: str, arguments: Namespace) -> Path:
-    """--out, or the next free runs/NAME, runs/NAME-2, ...; with --resume the newest of these.
+    """--out, or the next free one of runs/NAME, runs/NAME-2, ..., made; with --resume the newest of these.
 
     Raises ValueError if there is nothing to resume, or several processes could each choose a folder of their own.
     """
@@ -259,12 +273,27 @@ def run_folder(name: str, arguments: Namespace) -> Path:
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes must agree on the run folder: name it with --out DIR")
     else:
-        numbered = [RUNS / name, *(RUNS / f"{name}-{number}" for number in range(2, 10_000))]
-        free = next(index for index, folder in enumerate(numbered) if not folder.exists())
-        chosen = numbered[max(free - 1, 0) if arguments.resume else free]
+        numbered = itertools.chain((RUNS / name,), (RUNS / f"{name}-{number}" for number in itertools.count(2)))
+        if not arguments.resume:
+            return next(folder for folder in numbered if claimed(folder))
+        present = list(itertools.takewhile(Path.exists, numbered))
+        chosen = present[-1] if present else RUNS / name
     if arguments.resume and not chosen.exists():
         raise ValueError(f"there is nothing to resume in {chosen}; start without --resume, or name the run with --out")
     return chosen
+
+
+def claimed(folder: Path) -> bool:
+    """Make `folder`, unless it is there: of two trainings started at once only one gets True."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def resume_command(arguments: Namespace, run: Path) -> str:
@@ -404,7 +433,9 @@ def add_train(commands: "ActionSubCommands") -> None:
     add_setting(parser, "change fields of the recipe; several at once, or --set again")
     parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each seed, then mean and deviation")
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --out, else the newest of this recipe"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, else the newest; its --set are known",
     )
     parser.add_argument(
         "--out", default="", metavar="DIR", help="run folder (default: runs/RECIPE, runs/RECIPE-2, ...)"

@@ -88,7 +88,7 @@ def test_help_needs_no_torch():
 def test_set_takes_several_values_and_repeats():
     top, _ = cli.build_parser()
     command = "train digits --set data.source=imagefolder data.root=DIR --set epochs=3 optim.lr=1e-2 --threads 1"
-    recipe = cli.configured(top.parse_args(command.split()).train)
+    recipe = cli.configured(top.parse_args(command.split()).train, Path("unused"))
     assert (recipe.data.source, recipe.data.root, recipe.epochs, recipe.threads) == ("imagefolder", "DIR", 3, 1)
     assert recipe.optim.lr == 0.01
 
@@ -129,6 +129,20 @@ def test_resuming_a_finished_run_reads_it(trained):
     assert out == trained[1][trained[1].index("digits: ") :]
 
 
+def test_resuming_needs_no_setting_again_and_takes_new_ones(trained):
+    top, _ = cli.build_parser()
+
+    def recipe(*more: str):
+        return cli.configured(top.parse_args(["train", "digits", *more]).train, trained[0])
+
+    assert recipe("--resume").data.size == 16
+    changed = recipe("--resume", "--set", "workers=1")
+    assert (changed.data.size, changed.workers) == (16, 1)
+    assert recipe().data.size != 16
+    assert said_by("train", "digits", "--resume", "--out", trained[0])[0] == 0
+    assert "digits" in refused("train", "cifar10_small", "--resume", "--out", trained[0])
+
+
 def test_seeds_give_mean_and_deviation(tmp_path):
     code, out, err = said_by("train", "digits", "--seeds", "0,1", "--out", tmp_path / "both", "--set", *TINY)
     assert code == 0, err
@@ -143,13 +157,13 @@ def test_runs_are_numbered_and_resume_takes_the_newest(tmp_path, monkeypatch):
     def folder(*more: str) -> str:
         return str(cli.run_folder("digits", top.parse_args(["train", "digits", *more]).train))
 
-    assert folder() == "runs/digits"
     with pytest.raises(ValueError, match="nothing to resume"):
         folder("--resume")
-    Path("runs/digits").mkdir(parents=True)
-    assert (folder(), folder("--resume"), folder("--out", "here")) == ("runs/digits-2", "runs/digits", "here")
-    Path("runs/digits-2").mkdir()
-    assert (folder(), folder("--resume")) == ("runs/digits-3", "runs/digits-2")
+    assert folder() == "runs/digits"
+    assert (folder("--resume"), folder("--out", "here")) == ("runs/digits", "here")
+    assert folder() == "runs/digits-2"  # the first is taken as soon as it is chosen: another training may start now
+    assert (folder("--resume"), folder()) == ("runs/digits-2", "runs/digits-3")
+    assert not Path("here").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--out"):
         folder()
@@ -317,7 +331,7 @@ def test_training_on_a_folder_names_the_broken_image_or_skips_it(folder, tmp_pat
     assert not (tmp_path / "run").exists()
     code, out, err = said_by(*command, "data.skip_unreadable=true")
     assert code == 0, err
-    assert "skipped 1 image" in out
+    assert "images skipped because they cannot be read: 1; first: " in out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"] == ["dark", "light"]
 
 
@@ -348,9 +362,23 @@ def test_interrupting_tells_how_to_resume(monkeypatch, tmp_path):
 
     monkeypatch.setattr(spikeformers.train.loop, "train", interrupted)
     run = tmp_path / "my run"
+    run.mkdir()
+    (run / "recipe.json").touch()
     code, _, err = said_by("train", "digits", "--out", run, "--set", "epochs=2")
     assert code == 130
     assert f"stopped and saved; resume with: spikeformers train digits --resume --out '{run}' --set epochs=2" in err
+
+
+def test_interrupted_before_anything_is_written_there_is_nothing_to_resume(monkeypatch, tmp_path):
+    def interrupted(*_, run: Path, **__):
+        assert run.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spikeformers.train.loop, "train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = said_by("train", "digits")
+    assert (code, err) == (130, "\nspikeformers: interrupted\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):

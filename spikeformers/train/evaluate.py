@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -55,12 +55,14 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
     with _evaluating(model):
         for number, (images, labels) in enumerate(loader):
             images, labels = images.to(first.device, first.dtype), labels.to(first.device)
-            logits = model(images)
-            if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
-                raise ValueError(f"test batch {number} gives values that are not finite; check images and weights")
+            # Spikes hide what is not finite. As logits it reaches all processes, so that all stop and none waits.
+            whole = torch.isfinite(images).flatten(1).all(1)
+            logits = model(images).masked_fill(~whole[:, None], torch.nan)
             if accelerator is not None:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             logits, labels = logits.cpu(), labels.cpu()
+            if not torch.isfinite(logits).all():
+                raise ValueError(f"test batch {number} gives values that are not finite; check images and weights")
             if matrix is None:
                 # Gathered above: torchmetrics must not sum over the processes once more.
                 matrix = MulticlassConfusionMatrix(logits.shape[1], sync_on_compute=False)
@@ -79,15 +81,22 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
 
 
 @torch.no_grad()
-def firing_rates(model: nn.Module, images: Tensor) -> tuple[dict[str, float], float]:
-    """Counts over levels, 0..1, for images [B,C,H,W]: the mean of each neuron by name, and of all elements together."""
+def firing_rates(model: nn.Module, loader: Iterable) -> tuple[dict[str, float], float]:
+    """Counts over levels, 0..1: the mean of each neuron by name, and of all elements together.
+
+    `loader`: batches (images [B,C,H,W], labels [B]); at least one.
+    """
     first = next(model.parameters())
-    with _evaluating(model), energy.record(model) as counts:
-        model(images.to(first.device, first.dtype))
     levels = {name: module.levels for name, module in model.named_modules() if isinstance(module, Neuron)}
-    rates = {name: float(value.double().mean()) / levels[name] for name, value in counts.items()}
-    elements = {name: value.numel() for name, value in counts.items()}
-    return rates, sum(rates[name] * elements[name] for name in rates) / sum(elements.values())
+    spikes, elements = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    with _evaluating(model), energy.record(model) as counts:
+        for images, _ in loader:
+            model(images.to(first.device, first.dtype))
+            for name, value in counts.items():  # whole numbers: exact, and float64 is not everywhere (MPS)
+                spikes[name] += int(value.sum())
+                elements[name] += value.numel()
+    fired = {name: spikes[name] / levels[name] for name in levels if elements[name]}
+    return {name: fired[name] / elements[name] for name in fired}, sum(fired.values()) / sum(elements.values())
 
 
 @torch.no_grad()
@@ -99,7 +108,7 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
     model.eval()
     loader = batches_of(split, batch_size=recipe.batch_size, images=recipe.testing.energy_images)
     report = energy.measure(model, loader)
-    rates, _ = firing_rates(model, next(iter(loader))[0])
+    rates, _ = firing_rates(model, loader)
     return {
         "firing_rate": report.firing_rate,
         "spikes_per_image": report.spikes_per_image,

@@ -283,11 +283,10 @@ class _Work:
             optim=recipe.optim,
         )
         set_rate(self.optimizer, rate)
-        total = torch.zeros((), device=self.accelerator.device)
+        total, whole = torch.zeros((), device=self.accelerator.device), True
         for part in range(recipe.accumulate):
             images, labels = next(batches)
-            if not torch.isfinite(images).all():
-                raise ValueError(self._not_finite("an input image has values that are not finite"))
+            whole = whole and bool(torch.isfinite(images).all())
             images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout, non_blocking=True)
             labels = labels.to(self.accelerator.device, non_blocking=True)
             _reseed(recipe.seed, "batch", (done * recipe.accumulate + part) * world + self.accelerator.process_index)
@@ -298,7 +297,10 @@ class _Work:
                 loss.backward()
             total = total + loss.detach()
         norm = float(gradient_norm(self.plain, clip=recipe.optim.clip_grad))
-        loss = float(self.accelerator.reduce(total, "mean"))  # one process' NaN reaches all, so all stop
+        # What one process found reaches all, so that all stop and none waits for it.
+        loss, share = self.accelerator.reduce(torch.stack([total, total.new_tensor(whole)]), "mean").tolist()
+        if share < 1:
+            raise ValueError(self._not_finite("an input image has values that are not finite"))
         if not np.isfinite([loss, norm]).all():
             raise ValueError(self._not_finite(f"the loss is {loss} and the gradient norm {norm}"))
         self.optimizer.step()
@@ -325,8 +327,8 @@ class _Work:
             self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
             values |= {"test_loss": self.last.loss, "test_accuracy": self.last.accuracy}
             better = self.last.accuracy >= self.best_accuracy
-            sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))[0]
-            values["firing_rate"] = firing_rates(self.tested, sample)[1]
+            sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))
+            values["firing_rate"] = firing_rates(self.tested, [sample])[1]
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {

@@ -29,7 +29,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose training statistics are those of the batches of all processes together."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,C,H,W] -> the same shape."""
+        """x [B,C,H,W] -> the same shape. Raises ValueError in training if all processes have one value a channel."""
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if alone or not self.training:
             return super().forward(x)
@@ -38,6 +38,8 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         first = torch.cat([x.sum(axes), x.new_full((1,), x.numel() // x.shape[1])])
         first = _SumOverProcesses.apply(first)
         count = first[-1].detach()
+        if x.numel() <= x.shape[1] and count < 2:  # read only where it may be: that waits for the device
+            raise ValueError(f"expected more than 1 value per channel over all processes, got shape {tuple(x.shape)}")
         mean = first[:-1] / count
         # Squares of differences, in a second round: the one-round formula loses digits where mean >> deviation.
         centred = x - mean[:, None, None]

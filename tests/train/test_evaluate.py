@@ -3,10 +3,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, spaced
+from spikeformers.data.images import load_split
+from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, spaced, summarise
 from spikeformers.train.loop import build_model
+from spikeformers.train.recipe import override
 
 
 class Lookup(nn.Module):
@@ -56,7 +59,31 @@ def test_spaced_indices_cover_the_whole_split():
 
 def test_firing_rates_lie_between_silence_and_every_level(tiny):
     model = build_model(tiny(), num_classes=10, in_channels=1)
-    rates, mean = firing_rates(model, torch.randn(2, 1, 16, 16))
+    rates, mean = firing_rates(model, [(torch.randn(2, 1, 16, 16), None)])
     assert len(rates) > 10
     assert all(0 <= rate <= 1 for rate in rates.values())
     assert 0 < mean < max(rates.values())
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on Apple's devices: whatever makes a float64 tensor fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert not (isinstance(found, torch.Tensor) and found.dtype == torch.float64), func
+        return found
+
+
+def test_firing_rates_need_no_float64(tiny):
+    model = build_model(tiny(), num_classes=10, in_channels=1)
+    with NoFloat64():
+        firing_rates(model, [(torch.randn(2, 1, 16, 16), None)])
+
+
+def test_rates_of_neurons_and_the_headline_rate_come_from_the_same_images(tiny):
+    recipe = override(tiny(), "testing.energy_images", "12")  # a batch of 8, and one of 4
+    model, split = build_model(recipe, num_classes=10, in_channels=1), load_split(recipe.data, "test")
+    found = summarise(model, recipe, split)
+    rates, mean = firing_rates(model, batches_of(split, batch_size=12))
+    assert found["layers"] == pytest.approx(rates)
+    assert found["firing_rate"] == pytest.approx(mean)

@@ -9,18 +9,38 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spikeformers.data.images import ImageSplit
 from spikeformers.train.loop import train
 from spikeformers.train.parallel import SyncedBatchNorm2d, sync_bn
 from spikeformers.train.recipe import Optim, Saving, override
 
 
-def work(rank, port, jobs):
-    """One of two processes: trains every (recipe, folder) of `jobs`."""
+def spoil(part):
+    """From now on this process gets images of NaN from the training or the test split."""
+    original = ImageSplit.__getitem__
+
+    def getitem(self, key):
+        image, label = original(self, key)
+        return (image * float("nan") if isinstance(key, tuple) == (part == "train") else image), label
+
+    ImageSplit.__getitem__ = getitem
+    return original
+
+
+def work(rank, port, jobs, spoilt):
+    """One of two processes: trains every (recipe, folder) of `jobs`, then what the second one has spoilt images for."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     for recipe, run in jobs:
         train(recipe, run=run)
+    for part, (recipe, run) in spoilt.items():
+        original = spoil(part) if rank == 1 else ImageSplit.__getitem__
+        try:
+            train(recipe, run=run)
+        except ValueError as error:
+            run.with_name(f"{run.name}-said-{rank}").write_text(str(error))
+        ImageSplit.__getitem__ = original
     torch.distributed.destroy_process_group()
 
 
@@ -30,12 +50,9 @@ def weights_of(run, *, buffers):
     return {key: value for key, value in found.items() if buffers or not key.endswith(statistics)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("parallel")
-
-
-def test_two_processes_equal_one(tiny, folder):
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Runs of two processes in folders free2 and synced2, and messages of two that were spoilt; with their recipes."""
     # SGD: Adam would hide a wrong scale of the averaged gradients
     optim = Optim(name="sgd", lr=0.02)
     base = tiny(precision="float64", epochs=1, batch_size=4, saving=Saving(keep=0), optim=optim, channels_last=False)
@@ -44,8 +61,14 @@ def test_two_processes_equal_one(tiny, folder):
     with socket.socket() as free_port:
         free_port.bind(("127.0.0.1", 0))
         port = free_port.getsockname()[1]
-    jobs = [(free, folder / "free2"), (synced, folder / "synced2")]
-    torch.multiprocessing.spawn(work, (port, jobs), nprocs=2)
+    jobs = [(free, tmp_path / "free2"), (synced, tmp_path / "synced2")]
+    spoilt = {part: (base, tmp_path / part) for part in ("train", "test")}
+    torch.multiprocessing.spawn(work, (port, jobs, spoilt), nprocs=2)
+    return free, synced, tmp_path
+
+
+def test_two_processes_equal_one_and_stop_together(trained):
+    free, synced, folder = trained
     train(dataclasses.replace(free, accumulate=2), run=folder / "free1")
     train(dataclasses.replace(synced, batch_size=8), run=folder / "synced1")
 
@@ -58,6 +81,28 @@ def test_two_processes_equal_one(tiny, folder):
     assert any("running_var" in key for key in one)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-11, msg=key)
+
+    # What is not finite in one process only ends both, with the same words; a deadlock would be the alternative.
+    for part, message in (("train", "an input image has values that are not finite"), ("test", "test batch 0 gives")):
+        said = [(folder / f"{part}-said-{rank}").read_text() for rank in (0, 1)]
+        assert said[0] == said[1]
+        assert message in said[0]
+
+    (folder / "free2" / "summary.json").unlink()  # as if it had not ended
+    with pytest.raises(ValueError, match=r"trained by 2 process.*--num_processes 2"):
+        train(free, run=folder / "free2", resume=True)
+
+
+def test_one_value_per_channel_over_all_processes_is_refused(monkeypatch):
+    norm = sync_bn(nn.Sequential(nn.BatchNorm2d(3)))[0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total)  # the other process has nothing
+    norm(torch.randn(2, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"more than 1 value per channel.*\(1, 3, 1, 1\)"):
+        norm(torch.randn(1, 3, 1, 1))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))  # the other has as much
+    assert torch.isfinite(norm(torch.randn(1, 3, 1, 1))).all()
 
 
 def test_alone_the_synchronised_norm_is_the_plain_one():

@@ -85,6 +85,10 @@ class IntegerModel(nn.Module):
     """The engine `integer` builds: images [B, C, H, W] or clip [T, B, C, H, W] -> logits [B, num_classes], float32.
 
     Weights lie in int8 buffers; deepcopy, pickle and state_dict work. Results do not depend on the batch size.
+    It is built on the CPU, where the fast path is, and takes images from any device. `.to("cuda")` works by the
+    readable path: equal in integer layers, but float ones round as CUDA does. That needs float64: no Apple GPU has it.
+    `sf.record` does not hear an engine, whose neurons are mostly fused into layers; `compare` gives the flip rate of
+    every neuron, the share of its counts that differ from the float network's.
     """
 
     def __init__(self, net: nn.Module, *, spike_fed: frozenset[str]) -> None:
@@ -95,7 +99,12 @@ class IntegerModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Float[Tensor, "B L"]:
-        return self.net(images.float())
+        return self.net(images.to(self.device, torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; logits come from there."""
+        return next(self.net.buffers()).device
 
     def report(self) -> IntegerReport:
         """Path, bits and bytes of every convolution and linear layer."""
@@ -116,7 +125,8 @@ class IntegerModel(nn.Module):
     def compare(self, model: nn.Module, images: Tensor | Iterable) -> Agreement:
         """Run `model`, the float network this engine came from, and the engine on the same images.
 
-        `images`: one batch, or a loader of batches (a batch may be (images, labels)).
+        `images`: one batch, or a loader of batches (a batch may be (images, labels)). Model, engine and images may lie
+        on different devices.
         Raises ValueError if `model` is in train mode or there is no image.
         """
         if model.training:
@@ -124,16 +134,17 @@ class IntegerModel(nn.Module):
         engine = {name: module for name, module in self.net.named_modules() if isinstance(module, CountNeuron)}
         flips, sizes = dict.fromkeys(engine, 0), dict.fromkeys(engine, 0)
         different, total, largest = [], 0, 0.0
+        place = next(model.parameters()).device
         for batch in [images] if isinstance(images, Tensor) else images:
-            batch = batch if isinstance(batch, Tensor) else batch[0]
+            batch = (batch if isinstance(batch, Tensor) else batch[0]).to(place)
             with record(model) as wanted, _listen(engine) as got:
-                expected, logits = model(batch), self(batch)
+                expected, logits = model(batch).to(self.device), self(batch)
             wrong = (expected.argmax(1) != logits.argmax(1)).nonzero().flatten()
             different += (wrong + total).tolist()
             total += len(logits)
             largest = max(largest, float((expected - logits).abs().max()))
             for name in engine:
-                flips[name] += int((wanted[name] != got[name]).sum())
+                flips[name] += int((wanted[name].to(self.device) != got[name]).sum())
                 sizes[name] += got[name].numel()
         if not total:
             raise ValueError("no image to compare: the loader gave no batch")
@@ -143,15 +154,15 @@ class IntegerModel(nn.Module):
 
 @torch.no_grad()
 def integer(model: nn.Module, images: Tensor, *, fast: bool = True) -> IntegerModel:
-    """Post-training integer engine of `model` (float or fused); `model` stays as it is.
+    """Post-training integer engine of `model` (float or fused), on the CPU; `model` stays as it is, where it is.
 
     `images`: any real batch of the size that the engine will see; its first image is run once to find who reads spikes.
     `fast=False` takes the readable path everywhere: the same numbers, slower.
     Raises ValueError if no layer reads spikes or a neuron emits counts above 255.
     """
     with torch.inference_mode(False):
-        net = fuse(plain_copy(model).double())  # merged and quantised from float64, then run in float32
-        wiring = probe(net, (images[:, :1] if images.ndim == 5 else images[:1]).double())
+        net = fuse(plain_copy(model).cpu().double())  # merged and quantised from float64, then run in float32
+        wiring = probe(net, (images[:, :1] if images.ndim == 5 else images[:1]).cpu().double())
         modules = dict(net.named_modules())
         fed = _spike_fed(modules, wiring)
         if not fed:

@@ -234,9 +234,10 @@ def _inside(name: str, child: str) -> str:
 
 
 def _row_means(spikes: Tensor, unit: float) -> Tensor:
-    """Mean count of each row of spikes [T*B, ...], [T*B] in float64."""
+    """Mean count of each row of spikes [T*B, ...], [T*B] in float64 on the CPU."""
     half = spikes.dtype in (torch.float16, torch.bfloat16)
-    total = spikes.flatten(1).sum(1, dtype=torch.float32 if half else None).double()
+    total = spikes.flatten(1).sum(1, dtype=torch.float32 if half else None)
+    total = (total if total.is_meta else total.cpu()).double()  # off the device: Apple's has no float64
     return (total / unit).round() / max(1, spikes[:1].numel())  # a sum of counts is whole whatever the unit
 
 

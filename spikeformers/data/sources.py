@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 HELD_OUT = 0.2  # of each class, where a folder has no split of its own
 FOLDERS = {"imagefolder": ("test", "val", "valid", "validation"), "imagenet": ("val", "validation")}
 PARQUET_TESTS = ("test", "valid", "val")
+PARQUET_FOLDERS = ("data", "plain_text")  # where the hub's data sets with one configuration keep their files
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ def cifar(root: str, split: str, *, source: str, limit: int) -> Listing:
 
 
 def parquet(root: str, split: str, *, limit: int) -> Listing:
-    """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*; also in ROOT/data).
+    """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*), or these in a folder of ROOT as on Hugging Face's hub.
 
-    Columns: image {bytes, path}, label.  `limit` takes the first rows and reads no row group behind them.  Encoded
-    pictures stay in memory.
+    Columns: see `_columns`.  `limit` takes the first rows and reads no row group behind them.  Encoded pictures stay in
+    memory.
     Raises ValueError for missing files, columns or labels.
     """
     top = _existing(root, "parquet")
@@ -144,10 +145,12 @@ def parquet(root: str, split: str, *, limit: int) -> Listing:
     groups: list[pa.Table] = []
     for file in files:
         with _opened(file) as reader:
-            names = _class_names(reader.schema_arrow, file)
+            columns = _columns(reader.schema_arrow, file)
+            names = _class_names(reader.schema_arrow, columns[1])
             for group in range(reader.num_row_groups):
                 if not limit or sum(table.num_rows for table in groups) < limit:
-                    groups.append(reader.read_row_group(group, columns=["image", "label"]))
+                    found = reader.read_row_group(group, columns=columns)
+                    groups.append(found.select(columns).rename_columns(["image", "label"]))
     table = pa.concat_tables(groups).slice(0, limit or None)
     if not table.num_rows:
         raise ValueError(f"{files[0]} holds no rows")
@@ -164,23 +167,45 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _parquet_files(top: Path, prefixes: tuple[str, ...]) -> list[Path]:
+    """Files of the first prefix that has any, in `top`, in a usual folder in it, or in its only one with such files."""
+    inside = sorted({file.parent for file in top.glob("[!.]*/*.parquet")})
+    usual = [top / name for name in PARQUET_FOLDERS if top / name in inside]
     for prefix in prefixes:
-        for place in (top, top / "data"):
+        for place in (top, *(usual or (inside if len(inside) == 1 else ()))):
             if files := sorted(place.glob(f"{prefix}*.parquet")):
                 return files
-    present = ", ".join(sorted(p.name for p in top.glob("*.parquet"))) or "no parquet file"
+    present = ", ".join(str(path.relative_to(top)) for path in sorted((*top.glob("*.parquet"), *inside)))
     wanted = " or ".join(f"{prefix}*.parquet" for prefix in prefixes)
-    raise ValueError(f"no {wanted} in {top}, which holds {present}")
+    choose = ": set data.root to one of these folders" if len(inside) > 1 else ""
+    raise ValueError(f"no {wanted} in {top}, which holds {present or 'no parquet file'}{choose}")
 
 
-def _class_names(schema: pa.Schema, file: Path) -> tuple[str, ...]:
+def _columns(schema: pa.Schema, file: Path) -> list[str]:
+    """Names of the picture's column (the only struct with `bytes`, or "image") and of the label's.
+
+    The label is "label", else "fine_label", else the only column of whole numbers.
+    """
+
+    def pick(fitting: list[str], preferred: tuple[str, ...]) -> str | None:
+        return next((name for name in preferred if name in fitting), fitting[0] if len(fitting) == 1 else None)
+
+    kinds = {each.name: each.type for each in schema}
+    encoded = [name for name, kind in kinds.items() if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0]
+    whole = [name for name, kind in kinds.items() if pa.types.is_integer(kind)]
+    found = [pick(encoded, ("image",)), pick(whole, ("label", "fine_label"))]
+    if None in found:
+        present = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise ValueError(
+            f"{file} must have a column of pictures (a struct with bytes; image, if several) and one of whole-number "
+            f"labels (label or fine_label, if several), has {present}"
+        )
+    return found
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
     """Names from Hugging Face's metadata; () where it has none."""
-    image = schema.field("image").type if "image" in schema.names else pa.null()
-    if "label" not in schema.names or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise ValueError(f"{file} must have columns image {{bytes, path}} and label, has {', '.join(schema.names)}")
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    label = described.get("info", {}).get("features", {}).get("label", {})
-    return tuple(label.get("names") or ())
+    return tuple(described.get("info", {}).get("features", {}).get(label, {}).get("names") or ())
 
 
 def _numbered_classes(top: Path) -> tuple[str, ...]:
@@ -188,7 +213,8 @@ def _numbered_classes(top: Path) -> tuple[str, ...]:
     largest = 0
     for file in _parquet_files(top, ("train", *PARQUET_TESTS)):
         with _opened(file) as reader:
-            largest = max(largest, pc.max(reader.read(columns=["label"]).column("label")).as_py() or 0)
+            label = _columns(reader.schema_arrow, file)[1]
+            largest = max(largest, pc.max(reader.read(columns=[label]).column(label)).as_py() or 0)
     return tuple(map(str, range(largest + 1)))
 
 

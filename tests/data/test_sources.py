@@ -56,6 +56,40 @@ def test_the_parquet_test_split_may_be_called_validation_or_lie_in_data(tmp_path
     assert load_split(parquet(tmp_path), "test").labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("place", ["", "data", "plain_text", "cifar100"])
+def test_parquet_as_the_hub_keeps_cifar(tmp_path, place):
+    (tmp_path / ".cache").mkdir()  # of the download; must not count as a second folder
+    write(tmp_path / ".cache" / "train.parquet", [0])
+    write(tmp_path / place / "train-00000-of-00001.parquet", [1, 0], column="img")
+    write(tmp_path / place / "test-00000-of-00001.parquet", [0], column="img")
+    split = load_split(parquet(tmp_path), "train")
+    assert (split.classes, split.labels.tolist(), levels(split)) == (("cat", "dog"), [1, 0], [0, 1])
+    assert load_split(parquet(tmp_path), "test").labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+@pytest.mark.parametrize("columns", [("img", "fine_label", "coarse_label"), ("photo", "kind", "remark")])
+def test_parquet_columns_are_found_by_type_and_usual_name(tmp_path, columns, names):
+    image, label, other = columns
+    images = [{"bytes": png(i), "path": None} for i in range(2)]
+    table = pa.table({other: [5, 6] if "label" in other else ["x", "y"], label: [1, 0], image: images})
+    if names:
+        features = {label: {"names": names}, other: {"names": ["wrong"] * 7}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    split = load_split(parquet(tmp_path), "train")
+    assert (split.classes, split.labels.tolist()) == (("cat", "dog") if names else ("0", "1"), [1, 0])
+    assert levels(split) == [0, 1]
+
+
+def test_of_several_folders_of_parquet_files_one_must_be_chosen(tmp_path):
+    for name in ("clean", "noisy"):
+        write(tmp_path / name / "train.parquet", [0])
+    with pytest.raises(ValueError, match=r"holds clean, noisy: set data.root to one of these folders"):
+        load_split(parquet(tmp_path), "train")
+    assert len(load_split(parquet(tmp_path / "noisy"), "train")) == 1
+
+
 def test_a_parquet_prefix_reads_only_its_row_groups_and_columns(tmp_path, monkeypatch):
     write(tmp_path / "train.parquet", [0, 1] * 8)
     read, original = [], pq.ParquetFile.read_row_group
@@ -84,8 +118,12 @@ def test_parquet_files_that_cannot_be_used_are_refused(tmp_path):
         load_split(parquet(tmp_path), "train")
     with pytest.raises(ValueError, match=r"no test\*.parquet or .* which holds train.parquet"):
         load_split(parquet(tmp_path), "test")
-    write(tmp_path / "train.parquet", [0], column="img")
-    with pytest.raises(ValueError, match=r"must have columns image {bytes, path} and label, has img, label, extra"):
+    pq.write_table(pa.table({"picture": [b"x"], "label": ["cat"]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"must have a column of pictures .*has picture \(binary\), label \(string\)"):
+        load_split(parquet(tmp_path), "train")
+    images = [{"bytes": png(1), "path": "1.png"}]
+    pq.write_table(pa.table({"img": images, "left": [0], "right": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"one of whole-number labels \(label or fine_label, if several\), has img"):
         load_split(parquet(tmp_path), "train")
     write(tmp_path / "train.parquet", [0, -1])
     with pytest.raises(ValueError, match=r"has label -1, outside its 2 classes: is this split unlabelled"):

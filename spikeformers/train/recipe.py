@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 
@@ -217,9 +216,6 @@ def _convert(value: object, kind: object, path: str) -> object:
         return value
     if origin is typing.Literal:
         raise ValueError(f"{path} must be one of {', '.join(map(str, arguments))}, got {value!r}")
-    if origin in (typing.Union, types.UnionType):
-        inner = [each for each in arguments if each is not type(None)]
-        return None if value in (None, "none", "None") else _convert(value, inner[0], path)
     if origin is tuple and isinstance(value, list | tuple):
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) == len(value):

@@ -83,33 +83,26 @@ def progress_line(recipe: dict, epochs: Sequence[dict], summary: dict | None) ->
 
 
 def headline(summary: dict) -> list[dict]:
-    """The tiles at the top: label, value and a small line below each. What was not measured is left out."""
-    tiles = [tile("Test accuracy", f"{100 * summary['accuracy']:.2f} %", best_note(summary))]
-    if "firing_rate" in summary:
-        tiles.append(
-            tile("Firing rate", f"{100 * summary['firing_rate']:.1f} %", "of the largest count, mean of neurons")
-        )
-    if "spikes_per_image" in summary:
-        tiles.append(tile("Spikes per image", short(summary["spikes_per_image"]), "integer counts summed"))
-    if "energy_mj" in summary:
-        ann = summary.get("ann_energy_mj")
-        ratio = f"{short(ann)} mJ as an ANN: {ann / summary['energy_mj']:.1f}x" if ann else "an image"
-        tiles.append(tile("Energy per image", f"{short(summary['energy_mj'])} mJ", ratio))
-    if "parameters" in summary:
-        tiles.append(tile("Parameters", short(summary["parameters"]), f"{short(summary.get('size_mb', 0))} MB on disk"))
-    if agreement := summary.get("integer_agreement"):
-        note = "test predictions equal" if agreement["same"] == agreement["total"] else "see below which differ"
-        tiles.append(tile("Integer engine", f"{agreement['same']:,} of {agreement['total']:,}", note))
-    return tiles
-
-
-def tile(label: str, value: str, note: str) -> dict:
-    return {"label": label, "value": value, "note": note}
-
-
-def best_note(summary: dict) -> str:
-    best = summary.get("best_accuracy")
-    return f"last epoch; best {100 * best:.2f} %" if best is not None else "last epoch"
+    """The tiles at the top: label, value and a small line below each."""
+    mj, ann, found = summary["energy_mj"], summary["ann_energy_mj"], summary["integer_agreement"]
+    ratio = f": {ann / mj:.1f}x" if mj else ""  # a network that never fires may cost nothing
+    rows = (
+        (
+            "Test accuracy",
+            f"{100 * summary['accuracy']:.2f} %",
+            f"last epoch; best {100 * summary['best_accuracy']:.2f} %",
+        ),
+        ("Firing rate", f"{100 * summary['firing_rate']:.1f} %", "of the largest count, mean of neurons"),
+        ("Spikes per image", short(summary["spikes_per_image"]), "integer counts summed"),
+        ("Energy per image", f"{short(mj)} mJ", f"{short(ann)} mJ as an ANN{ratio}"),
+        ("Parameters", short(summary["parameters"]), f"{short(summary['size_mb'])} MB on disk"),
+        (
+            "Integer engine",
+            f"{found['same']:,} of {found['total']:,}",
+            "test predictions equal" if found["same"] == found["total"] else "see below which differ",
+        ),
+    )
+    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
 
 
 @dataclass(frozen=True)
@@ -142,7 +135,7 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
     """Loss, accuracy and whatever else the log holds, each only if it has a point to show."""
     wanted = (
         ("Loss", {"train": "train_loss", "test": "test_loss"}, 1),
-        ("Accuracy, %", {"test": "test_accuracy", "test, averaged weights": "ema_accuracy"}, 100),
+        ("Accuracy, %", {"test": "test_accuracy"}, 100),
         ("Firing rate, %", {"mean of neurons": "firing_rate"}, 100),
         ("Learning rate", {"rate": "lr"}, 1),
     )
@@ -160,6 +153,7 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
 
 
 def finite(value: object) -> bool:
+    """Whether a log entry's value can be drawn; None stands for an absent one."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -232,6 +226,7 @@ def confusion_table(summary: dict | None) -> dict | None:
 
 
 def class_names(summary: dict, count: int) -> list[str]:
+    """The summary's names of `count` classes, or numbers where it has others."""
     names = [str(name) for name in summary.get("classes") or []]
     return names if len(names) == count else [str(index) for index in range(count)]
 
@@ -296,6 +291,7 @@ def choose(predictions: Sequence[int], labels: Sequence[int]) -> tuple[list[int]
 
 
 def small(picture: Image.Image) -> Image.Image:
+    """`picture` itself, shrunk to at most `LARGEST_SAMPLE` pixels a side."""
     picture.thumbnail((LARGEST_SAMPLE, LARGEST_SAMPLE))
     return picture
 
@@ -334,6 +330,7 @@ def sorted_recipe(recipe: dict) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def leaves(part: dict, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted name, value as text) of everything in a nested part of a recipe."""
     for key, value in part.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -342,6 +339,7 @@ def leaves(part: dict, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 
 def plain(value: object) -> str:
+    """A value of a recipe as text: yes or no, lists with commas, a dash for what is empty."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, list):

@@ -9,14 +9,16 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import spikeformers
-from spikeformers.data.images import ImageSplit
+from spikeformers.data.images import ImageSplit, load_split
 from spikeformers.train import checkpoint
+from spikeformers.train.evaluate import batches_of, evaluate
 from spikeformers.train.logs import read_log
-from spikeformers.train.loop import train
+from spikeformers.train.loop import build_model, train
 from spikeformers.train.recipe import Distill, Init, Optim, Saving, override, to_json
-from spikeformers.train.saved import stored_recipe
+from spikeformers.train.saved import read_run, stored_recipe
 from spikeformers.train.seeds import train_seeds
 
 
@@ -241,6 +243,39 @@ def test_only_the_main_process_writes_the_seeds_file(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(PartialState, "is_main_process", False)
     assert train_seeds(tiny(), (0,), run=tmp_path).accuracy_mean == summary.accuracy
     assert not (tmp_path / "seeds.json").exists()
+
+
+def test_an_averaged_network_is_the_one_tested_and_saved(tiny, tmp_path):
+    summary = train(tiny(ema_decay=0.5), run=tmp_path)
+    plain, training, _ = checkpoint.load(tmp_path / "checkpoints" / "epoch-0002")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(value, training["ema"][key]) for key, value in saved.items())
+    assert not torch.equal(saved["head.weight"], plain["head.weight"])
+    model, recipe, _ = read_run(tmp_path)
+    found = evaluate(model, batches_of(load_split(recipe.data, "test"), batch_size=recipe.batch_size))
+    assert found.loss == summary.loss
+
+
+def test_gradients_are_clipped_before_the_step(tiny, tmp_path):
+    optim = Optim(name="sgd", lr=1.0, weight_decay=0.0, clip_grad=1e-3)
+    recipe = tiny(epochs=1, batch_size=32, optim=optim)  # one step
+    before = build_model(recipe, num_classes=10, in_channels=1)
+    train(recipe, run=tmp_path)
+    after = load_file(tmp_path / "checkpoints" / "epoch-0001" / "model.safetensors")
+    moved = torch.cat([(after[name] - value.detach()).flatten() for name, value in before.named_parameters()])
+    # Nesterov momentum of 0.9 makes the first step 1.9 gradients long; lr is 1.
+    assert float(moved.norm()) == pytest.approx(1.9e-3, rel=0.01)  # float32 weights hold so short a step to 1 %
+
+
+def test_tensorboard_shows_what_the_log_holds(tiny, tmp_path):
+    train(tiny(epochs=3), run=tmp_path)  # 12 steps, so that one of them is logged
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for kind, names in (("epoch", ("test_accuracy", "train_loss", "firing_rate")), ("step", ("loss", "gradient_norm"))):
+        records = read_log(tmp_path, kind)
+        assert records
+        for name in names:
+            shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+            assert shown == [(record["step"], pytest.approx(record[name])) for record in records]
 
 
 def test_too_few_images_for_a_step_say_so(tiny, tmp_path):

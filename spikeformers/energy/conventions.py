@@ -4,7 +4,6 @@ Paper: Meta-SpikeFormer, App. B.2 and Table 6. Energies of one operation: 45 nm,
 A further convention is a further entry of CONVENTIONS; a choice that none of them made yet is a further field.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from spikeformers.energy.ops import Operation
+from spikeformers.neurons.suggest import closest
 
 MAC_PJ, AC_PJ = 4.6, 0.9
 
@@ -153,6 +153,5 @@ def get(convention: str | Convention) -> Convention:
     if isinstance(convention, Convention):
         return convention
     if convention not in CONVENTIONS:
-        close = difflib.get_close_matches(convention, CONVENTIONS, n=3) or list(CONVENTIONS)
-        raise ValueError(f"unknown energy convention {convention!r}; closest: {', '.join(close)}")
+        raise ValueError(f"unknown energy convention {convention!r}; {closest(convention, CONVENTIONS)}")
     return CONVENTIONS[convention]

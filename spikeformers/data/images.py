@@ -3,7 +3,7 @@
 Every picture is fitted alike: short side resized to `size / eval_crop`, then the centre `size` x `size`; only random
 resized crops see the original.  Sets that fit into memory after fitting are decoded once and kept as uint8."""
 
-import difflib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +20,9 @@ from torchvision.transforms import v2
 from spikeformers.data import digits, sources
 from spikeformers.data.augment import Augment, Normalise, TrainTransform, seeded, to_pixels
 from spikeformers.data.decode import UnreadablePictureError, decode
+from spikeformers.neurons.suggest import closest
 
+logger = logging.getLogger(__name__)
 SOURCES = ("digits", "imagefolder", "parquet", "cifar10", "cifar100", "imagenet")
 MEMORY_LIMIT = 2**30  # bytes of fitted uint8 pictures held per split; above it they are decoded at each access
 _STATISTICS = {  # mean and standard deviation of training pixels in 0..1; other sources take ImageNet's
@@ -55,8 +57,7 @@ class ImageData:
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
-            close = difflib.get_close_matches(self.source, SOURCES) or SOURCES
-            raise ValueError(f"unknown data.source {self.source!r}: did you mean {', '.join(close)}?")
+            raise ValueError(f"unknown data.source {self.source!r}; {closest(self.source, SOURCES)}")
         if self.in_channels not in (1, 3):
             raise ValueError(f"data.in_channels must be 1 (grey) or 3 (RGB) for pictures, got {self.in_channels}")
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -117,6 +118,7 @@ class ImageSplit(Dataset):
         if not self._whole and needed <= MEMORY_LIMIT:
             self._hold()
         elif spec.skip_unreadable:
+            logger.info("data.skip_unreadable: decoding all %d pictures of %s once", len(listing.labels), spec.root)
             with ThreadPoolExecutor() as pool:
                 self._keep(np.array(list(pool.map(self._readable, range(len(listing.labels)))), dtype=bool))
         self.labels, self.names = self._listing.labels, self._listing.names

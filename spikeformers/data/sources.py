@@ -134,7 +134,7 @@ def cifar(root: str, split: str, *, source: str, limit: int) -> Listing:
 
 
 def parquet(root: str, split: str, *, limit: int) -> Listing:
-    """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*), or these in a folder of ROOT as on Hugging Face's hub.
+    """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*), or these in a folder of ROOT, as on the hub.
 
     Columns: see `_columns`.  `limit` takes the first rows and reads no row group behind them.  Encoded pictures stay in
     memory.

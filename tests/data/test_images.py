@@ -115,6 +115,16 @@ def test_an_unreadable_file_met_by_a_worker_process_is_one_line_of_error(folder,
     assert "\n" not in str(caught.value)
 
 
+def test_decoding_a_large_set_for_its_unreadable_files_is_announced(folder, monkeypatch, caplog):
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    with caplog.at_level("INFO"):
+        load_split(spec_of(folder("train")), "train")
+        assert not caplog.messages
+        root = folder("train")
+        load_split(spec_of(root, skip_unreadable=True), "train")
+    assert caplog.messages == [f"data.skip_unreadable: decoding all 8 pictures of {root} once"]
+
+
 def test_a_set_of_unreadable_files_only_is_refused(folder):
     root = folder("train", per_class=1)
     for path in root.rglob("*.png"):
@@ -133,8 +143,8 @@ def test_indices_outside_the_split_are_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source": "imagefoldr"}, "unknown data.source 'imagefoldr': did you mean imagefolder"),
-        ({"source": "xyz"}, "did you mean digits, imagefolder, parquet, cifar10, cifar100, imagenet"),
+        ({"source": "imagefoldr"}, "unknown data.source 'imagefoldr'; closest: imagefolder"),
+        ({"source": "xyz"}, "closest: digits, imagefolder, parquet, cifar10, cifar100, imagenet"),
         ({"in_channels": 2}, r"data.in_channels must be 1 \(grey\) or 3 \(RGB\) for pictures, got 2"),
         ({"size": 0}, "data.size must be at least 1, got 0"),
         ({"train_limit": -1}, "data.train_limit must be at least 0, got -1"),

@@ -185,8 +185,8 @@ def _on_picture(augment: Augment, *, size: int, channels: int, interpolation: st
     return steps
 
 
-def mixing(augment: Augment, *, num_classes: int, label_smoothing: float) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, or None when both are off.
+def mixing(augment: Augment, *, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch, without label smoothing (which is the loss's), or None when both are off.
 
     `mix(images, labels) -> images, soft targets [B,num_classes]` changes its batch in place, wants an even batch and
     draws from numpy's global state: call it inside `seeded(seed, step, rank)` to make it a function of these.
@@ -196,6 +196,6 @@ def mixing(augment: Augment, *, num_classes: int, label_smoothing: float) -> Mix
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
-        label_smoothing=label_smoothing,
+        label_smoothing=0.0,
         num_classes=num_classes,
     )

@@ -12,34 +12,24 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) for an `ImageSplit`; use with DataLoader(split, batch_size=batch_size, sampler=this).
 
     Each rank takes whole batches in turn (batch k*world + rank), so `world` ranks see at step k what one process sees
-    in `world` accumulated batches.  Incomplete last rounds are dropped with `drop_last`, else shared out evenly.
+    in `world` accumulated batches.  An incomplete last round is dropped.
     Length and iteration count from the position; `set_position` must be called for each new epoch.
 
-    Raises ValueError for a rank outside the world, or if `drop_last` leaves nothing.
+    Raises ValueError for a rank outside the world, or if there is not one whole round.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = True,
-    ) -> None:
+    def __init__(self, length: int, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank must lie between 0 and world - 1 = {world - 1}, got {rank}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if drop_last and length < batch_size * world:
+        if length < batch_size * world:
             raise ValueError(
                 f"{length} training images are fewer than one batch of {batch_size * world} over {world} process(es): "
                 "lower the batch size"
             )
-        self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world = rank, world
         self.epoch = self.start = 0
 
     def set_position(self, epoch: int, start: int = 0) -> None:
@@ -48,15 +38,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     def order(self) -> np.ndarray:
         """All of this rank's sample indices of the present epoch, int64, from the epoch's beginning."""
-        everything = np.arange(self.length)
-        if self.shuffle:
-            # RandomState, not default_rng: its stream is frozen, so orders survive new versions of numpy.
-            everything = np.random.RandomState(seed_of(self.seed, self.epoch, "order")).permutation(self.length)
+        # RandomState, not default_rng: its stream is frozen, so orders survive new versions of numpy.
+        everything = np.random.RandomState(seed_of(self.seed, self.epoch, "order")).permutation(self.length)
         whole = self.length - self.length % (self.batch_size * self.world)
-        mine = everything[:whole].reshape(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
-        if self.drop_last:
-            return mine
-        return np.concatenate([mine, np.array_split(everything[whole:], self.world)[self.rank]])
+        return everything[:whole].reshape(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
@@ -64,8 +49,4 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             yield epoch, index
 
     def __len__(self) -> int:
-        rounds, rest = divmod(self.length, self.batch_size * self.world)
-        mine = rounds * self.batch_size
-        if not self.drop_last:
-            mine += rest // self.world + (self.rank < rest % self.world)
-        return max(mine - self.start, 0)
+        return max(self.length // (self.batch_size * self.world) * self.batch_size - self.start, 0)

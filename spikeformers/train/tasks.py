@@ -78,7 +78,7 @@ class Classification:
 def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Classification:
     """The task of a recipe. Raises ValueError for a mixing or a teacher that cannot work."""
     # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
-    mixer = mixing(recipe.data.augment, num_classes=num_classes, label_smoothing=0.0)
+    mixer = mixing(recipe.data.augment, num_classes=num_classes)
     if mixer is not None and recipe.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}")
     teacher = None

@@ -1,5 +1,6 @@
 """What a trained network is worth: accuracy, loss, confusion, firing, energy, and what the integer engine shares."""
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,22 +133,30 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
 def integer_agreement(
     model: nn.Module, split: Dataset, *, batch_size: int, images: int = 0, predictions: list[int] | None = None
 ) -> dict:
-    """Test the integer engine against the network: {"same", "total", "different": [indices in the split]}.
+    """Test the integer engine against the network, on `images` evenly spaced samples of `split` (0: all).
 
-    On `images` evenly spaced samples of `split` (0: all); `predictions` are the network's over the whole split.
+    Gives "same" of "total" predictions, the indices in the split of "different" ones, and over these samples the
+    "accuracy" of the engine and the "float_accuracy" of the network, 0..1. `predictions` are the network's over the
+    whole split: with them it does not run again, which `IntegerModel.compare` would need.
     """
     indices = spaced(len(split), images)
-    loader = batches_of(split, batch_size=batch_size, images=images)
-    engine, different, seen = None, [], 0
-    for batch, _ in loader:
+    engine, guesses, own, labels = None, [], [], []
+    for batch, truth in batches_of(split, batch_size=batch_size, images=images):
         if engine is None:
             engine = integer(model, batch)
-        here = indices[seen : seen + len(batch)]
-        guesses = engine(batch).argmax(1).tolist()
-        own = [predictions[i] for i in here] if predictions else model(batch).argmax(1).tolist()
-        different += [i for i, guess, mine in zip(here, guesses, own, strict=True) if guess != mine]
-        seen += len(batch)
-    return {"same": seen - len(different), "total": seen, "different": different}
+        guesses += engine(batch).argmax(1).tolist()
+        own += [] if predictions else model(batch).argmax(1).tolist()
+        labels += truth.tolist()
+    own = [predictions[i] for i in indices] if predictions else own
+    different = [i for i, guess, mine in zip(indices, guesses, own, strict=True) if guess != mine]
+    right, right_own = (sum(map(operator.eq, found, labels)) for found in (guesses, own))
+    return {
+        "same": len(indices) - len(different),
+        "total": len(indices),
+        "different": different,
+        "accuracy": right / len(indices),
+        "float_accuracy": right_own / len(indices),
+    }
 
 
 @contextmanager

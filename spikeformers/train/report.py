@@ -23,7 +23,7 @@ from spikeformers.data.images import load_split
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.logs import read_log
 from spikeformers.train.recipe import from_json
-from spikeformers.train.results import duration, short
+from spikeformers.train.results import duration, reached, short
 
 CHART_WIDTH, CHART_HEIGHT = 440, 250  # units of the drawing, about the pixels of a phone, so that text stays readable
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 12, 12, 32
@@ -60,6 +60,7 @@ def write_report(run: Path) -> Path:
         stages=stage_bars(summary),
         convention=(summary or {}).get("energy_convention", ""),
         agreement=(summary or {}).get("integer_agreement"),
+        reached=reached(summary["integer_agreement"]) if summary else "",
         recipe=sorted_recipe(recipe),
         facts=facts(summary),
     )

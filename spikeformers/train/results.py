@@ -62,12 +62,17 @@ def print_results(summary: "Summary", report: Path) -> None:
 
 
 def agreement(found: dict) -> str:
-    """How many test predictions the integer engine shares, and which not."""
+    """How many test predictions the integer engine shares, what it reaches, and which it does not share."""
     if found["same"] == found["total"]:
         return f"same prediction for all {found['total']:,} test images"
     which, more = found["different"][:NAMED], len(found["different"]) - NAMED
     named = ", ".join(map(str, which)) + (f" and {more} more (see the report)" if more > 0 else "")
-    return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}"
+    return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}; {reached(found)}"
+
+
+def reached(found: dict) -> str:
+    """The accuracy of the integer engine beside that of the network, over the images that were compared."""
+    return f"its accuracy is {100 * found['accuracy']:.2f} %, the network's {100 * found['float_accuracy']:.2f} %"
 
 
 def print_spread(seeds: Sequence[int], results: "Sequence[Summary]") -> None:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from spikeformers.data.images import load_split
-from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, spaced, summarise
+from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, integer_agreement, spaced, summarise
 from spikeformers.train.loop import build_model
 from spikeformers.train.recipe import override
 
@@ -87,3 +87,31 @@ def test_rates_of_neurons_and_the_headline_rate_come_from_the_same_images(tiny):
     rates, mean = firing_rates(model, batches_of(split, batch_size=12))
     assert found["layers"] == pytest.approx(rates)
     assert found["firing_rate"] == pytest.approx(mean)
+
+
+def test_the_integer_engine_is_judged_on_the_same_images_as_the_network(tiny, monkeypatch):
+    recipe = tiny()
+    split = load_split(recipe.data, "test")
+    labels = split.labels.tolist()
+    # An engine that is right about every image, and a network that is right about the first two of those compared.
+    monkeypatch.setattr(
+        "spikeformers.train.evaluate.integer",
+        lambda *_: lambda batch: torch.eye(10)[[labels[seen.pop(0)] for _ in batch]],
+    )
+    for images, compared in ((0, list(range(12))), (6, [0, 2, 4, 6, 8, 10])):
+        seen, right = list(compared), compared[:2]
+        predictions = [label if index in right else (label + 1) % 10 for index, label in enumerate(labels)]
+        found = integer_agreement(nn.Identity(), split, batch_size=5, images=images, predictions=predictions)
+        count = len(compared)
+        assert found == {
+            "same": 2, "total": count, "different": compared[2:], "accuracy": 1.0, "float_accuracy": 2 / count
+        }  # fmt: skip
+
+
+def test_the_integer_engine_of_an_untrained_network_needs_no_predictions(tiny):
+    model, split = build_model(tiny(), num_classes=10, in_channels=1), load_split(tiny().data, "test")
+    model.eval()
+    known = evaluate(model, split)
+    alone = integer_agreement(model, split, batch_size=5)
+    assert alone == integer_agreement(model, split, batch_size=5, predictions=known.predictions)
+    assert alone["float_accuracy"] == known.accuracy

@@ -67,7 +67,7 @@ def trained(tiny, tmp_path):
     return free, synced, tmp_path
 
 
-def test_two_processes_equal_one_and_stop_together(trained):
+def test_two_processes_equal_one(trained):
     free, synced, folder = trained
     train(dataclasses.replace(free, accumulate=2), run=folder / "free1")
     train(dataclasses.replace(synced, batch_size=8), run=folder / "synced1")

@@ -1,0 +1,120 @@
+"""What only a device can show: spikes as on the CPU, training in bfloat16, one compiled graph, energy, integers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spikeformers as sf
+from spikeformers import energy
+from spikeformers.deploy import integer
+from spikeformers.deploy.counts import IntegerConv
+from spikeformers.neurons import ILIF, LIF, build_neuron
+from spikeformers.train.tasks import Classification
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cuda() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
+
+
+@pytest.fixture(params=["cuda", "mps"])
+def device(request) -> str:
+    """Each kind of device in turn; Apple's has no float64."""
+    if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}[request.param]():
+        pytest.skip(f"no {request.param} device")
+    return request.param
+
+
+def tiny(**overrides) -> nn.Module:
+    sizes = {"dims": (8, 16, 24, 32), "blocks": (1, 1, 1, 1, 1), "num_classes": 5, "neuron": "i_lif"}
+    return sf.create_model("meta_spikeformer_15m", **(sizes | overrides))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", ["lif", "i_lif", "ie_lif", "ni_lif"])
+def test_neurons_and_their_gradients_equal_those_of_the_cpu(cuda, name, steps):
+    neuron = build_neuron(name, steps=steps)
+    here = (3 * torch.randn(8, 3, 5, dtype=torch.float64)).requires_grad_()
+    there = here.detach().to(cuda).requires_grad_()
+    weights = torch.randn(8, 3, 5, dtype=torch.float64)
+    spikes, found = neuron(here), neuron(there)
+    (spikes * weights).sum().backward()
+    (found * weights.to(cuda)).sum().backward()
+    assert torch.equal(found.cpu(), spikes)
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-12, atol=1e-12)  # the two exp() round differently
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("neuron", "steps"), [("i_lif", 1), ("lif", 2)])
+def test_a_training_step_is_finite_and_changes_every_layer(cuda, neuron, steps, autocast):
+    model = tiny(neuron=neuron, steps=steps).to(cuda, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    images = torch.randn(8, 3, 32, 32).to(cuda, memory_format=torch.channels_last)
+    labels = torch.randint(5, (8,)).to(cuda)
+    before = copy.deepcopy(model.state_dict())
+    with torch.autocast(cuda, torch.bfloat16, enabled=autocast):
+        loss = Classification(smoothing=0.1).loss(model, images, labels)
+    loss.backward()
+    optimizer.step()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_lif_over_four_steps_compiles_to_one_graph(cuda, unchecked):
+    neuron = LIF(steps=4)
+    # float64: a compiler may contract a multiplication and an addition, which in float32 could tip a spike
+    eager = (3 * torch.randn(8, 16, 7, dtype=torch.float64)).to(cuda).requires_grad_()
+    fused = eager.detach().clone().requires_grad_()
+    spikes, found = neuron(eager), torch.compile(neuron, fullgraph=True)(fused)
+    spikes.sum().backward()
+    found.sum().backward()
+    assert torch.equal(found, spikes)
+    torch.testing.assert_close(fused.grad, eager.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_energy_is_that_of_the_cpu(device):
+    dtype, tolerance = (torch.float64, 1e-9) if device == "cuda" else (torch.float32, 0.05)  # float32 tips spikes
+    model, images = tiny().to(dtype), torch.randn(5, 3, 32, 32, dtype=dtype)
+    model.train()(images)
+    wanted = energy.measure(model, images)
+    found = energy.measure(model.to(device), images)
+    assert found.image_mj == pytest.approx(wanted.image_mj, rel=tolerance)
+    assert found.ann_mj == pytest.approx(wanted.ann_mj)
+    assert found.firing_rate == pytest.approx(wanted.firing_rate, rel=tolerance)
+
+
+def test_the_engine_of_a_model_on_a_device_is_that_of_the_model_on_the_cpu(device):
+    model, images = tiny().eval(), torch.randn(5, 3, 32, 32)
+    wanted = integer(model, images)(images)
+    model.to(device)
+    engine = integer(model, images.to(device))
+    assert next(model.parameters()).device.type == device
+    assert engine.device.type == "cpu"
+    assert torch.equal(engine(images.to(device)), wanted)
+    assert engine.compare(model, images).total == 5
+
+
+def test_integer_layers_give_the_same_numbers_on_a_device(cuda):
+    layer = IntegerConv(nn.Conv2d(16, 32, 3, padding=1), unit=1.0, max_count=4, neuron=ILIF(levels=4))
+    counts = torch.randint(0, 5, (3, 16, 9, 9), dtype=torch.uint8)
+    assert torch.equal(copy.deepcopy(layer).to(cuda)(counts.to(cuda)).cpu(), layer(counts))
+
+
+def test_an_engine_runs_on_a_device_by_its_readable_path(cuda):
+    images = torch.randn(5, 3, 32, 32)
+    engine = integer(tiny(), images).to(cuda)
+    logits = engine(images)
+    assert logits.device.type == "cuda"
+    assert logits.shape == (5, 5)
+    assert torch.isfinite(logits).all()
+    assert not any(layer.primitive for layer in engine.report().layers)

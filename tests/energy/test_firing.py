@@ -1,6 +1,5 @@
 """The firing recorder: names, counts, wrappers, and what it refuses."""
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -13,14 +12,6 @@ from spikeformers.zoo import create_model
 def tiny(**overrides) -> nn.Module:
     sizes = {"dims": (8, 16, 16, 24), "strides": (1, 2, 2, 2, 1), "blocks": (1, 0, 0, 1, 1), "num_classes": 3}
     return create_model("meta_spikeformer_15m", **(sizes | overrides)).eval()
-
-
-@pytest.fixture
-def no_shape_checks():
-    """The compiler cannot look into the shape checker."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_names_are_those_of_the_modules():
@@ -50,7 +41,7 @@ def test_steps_stay_folded_into_the_batch_and_the_last_forward_wins():
     assert spikes["stage3.block0.attn.q"].shape == (3 * 4, 16, 2, 2)
 
 
-def test_records_a_compiled_model_under_the_names_of_the_bare_one(no_shape_checks):
+def test_records_a_compiled_model_under_the_names_of_the_bare_one(unchecked):
     bare = nn.Sequential(nn.Conv2d(2, 4, 1), LIF(steps=2), nn.Conv2d(4, 2, 1), ILIF())
     images = torch.randn(4, 2, 3, 3) * 4
     compiled = torch.compile(bare, backend="eager")

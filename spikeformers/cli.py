@@ -117,6 +117,8 @@ def train(arguments: Namespace) -> None:
 
     seeds = read_seeds(arguments.seeds)
     run = run_folder(recipes.get(arguments.recipe).name, arguments)
+    if arguments.resume and not seeds and any(run.glob("seed-*")):
+        raise ValueError(f"{run} holds a run for each of several seeds: name them again with --seeds")
     common = {"run": run, "resume": arguments.resume, "console": main_console()}
     try:
         recipe = configured(arguments, run)

@@ -148,6 +148,8 @@ def test_seeds_give_mean_and_deviation(tmp_path):
     assert code == 0, err
     assert re.search(r"mean ± sd of seeds 0, 1\n  Test accuracy +[\d.]+ ± [\d.e-]+ %", out)
     assert (tmp_path / "both" / "seed-1" / "report.html").is_file()
+    assert "--seeds" in refused("train", "digits", "--resume", "--out", tmp_path / "both")
+    assert said_by("train", "digits", "--resume", "--seeds", "0,1", "--out", tmp_path / "both")[0] == 0
 
 
 def test_runs_are_numbered_and_resume_takes_the_newest(tmp_path, monkeypatch):

@@ -179,7 +179,7 @@ def _override(group, parts: list[str], text: str, path: str, known: list[str]):
             raise ValueError(f"{path} is a group of fields; set one of {inside}")
         new = _override(value, rest, text, path, known)
     elif isinstance(value, dict) and rest:
-        new = value | {".".join(rest): _literal(text)}
+        new = value | {".".join(rest): literal(text)}
     elif rest:
         raise ValueError(
             f"recipe field {path!r} does not exist: {'.'.join(path.split('.')[: -len(rest)])} has no parts"
@@ -189,8 +189,8 @@ def _override(group, parts: list[str], text: str, path: str, known: list[str]):
     return dataclasses.replace(group, **{name: new})
 
 
-def _literal(text: str) -> object:
-    """A Python literal, `true`/`false`, or else the text itself."""
+def literal(text: str) -> object:
+    """What `text` spells: a Python literal, `true`/`false`, or else the text itself."""
     lower = text.strip().lower()
     if lower in ("true", "false"):
         return lower == "true"
@@ -200,13 +200,16 @@ def _literal(text: str) -> object:
         return text
 
 
+_literal = literal
+
+
 def _read(text: str, kind: object) -> object:
     """The value that `text` spells if a `kind` is wanted; `_convert` says whether it fits."""
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
     if typing.get_origin(kind) is tuple:
-        return [_literal(part) for part in text.strip("()[] ").split(",") if part.strip()]
-    return _literal(text)
+        return [literal(part) for part in text.strip("()[] ").split(",") if part.strip()]
+    return literal(text)
 
 
 def _convert(value: object, kind: object, path: str) -> object:

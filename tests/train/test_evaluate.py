@@ -45,6 +45,10 @@ def test_evaluation_leaves_the_mode_and_refuses_what_is_not_finite():
     split = TensorDataset(torch.full((2, 3, 1, 1), float("nan")), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="test batch 0 gives values that are not finite"):
         evaluate(model, split)
+    assert model.training
+    model.forward = lambda images: images.flatten(1).nan_to_num() * model.scale  # as a LIF does: NaN is below threshold
+    with pytest.raises(ValueError, match="test batch 0 gives values that are not finite"):
+        evaluate(model, split)
     evaluate(model, TensorDataset(torch.zeros(2, 3, 1, 1), torch.tensor([0, 1])))
     assert model.training
     with pytest.raises(ValueError, match="empty"):

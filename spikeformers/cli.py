@@ -203,7 +203,7 @@ def measure(arguments: Namespace) -> None:
 
 def import_weights(arguments: Namespace) -> None:
     """Turn an authors' checkpoint into a model folder and say what was dropped."""
-    from spikeformers.train.recipe import _literal as literal  # so that --set reads alike everywhere
+    from spikeformers.train.recipe import literal  # so that --set reads alike everywhere
     from spikeformers.zoo import import_checkpoint
 
     out = Path(arguments.out)

@@ -200,9 +200,6 @@ def literal(text: str) -> object:
         return text
 
 
-_literal = literal
-
-
 def _read(text: str, kind: object) -> object:
     """The value that `text` spells if a `kind` is wanted; `_convert` says whether it fits."""
     if kind is str or typing.get_origin(kind) is typing.Literal:

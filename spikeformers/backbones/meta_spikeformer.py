@@ -127,6 +127,7 @@ class MetaSpikeFormerConfig:
 
 
 PROJECTIONS = {"rep_conv": RepConv, "linear": partial(ConvBN, kernel=1)}
+MIXERS: dict[str, Mixer] = {"sep_conv": SepConv, "identity": Identity, "pooling": Pooling}  # add your own by name
 
 
 def _choose(field: str, choice: object, known: dict) -> object:
@@ -150,7 +151,7 @@ def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
     """One block of `kind` "conv" or "transformer" with the mixers that `config` chooses."""
     projections = {name: _choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
     attention = {name: partial(operator, heads=config.heads, **projections) for name, operator in SDSA.items()}
-    token = {"sep_conv": SepConv, "identity": Identity, "pooling": Pooling, **attention}
+    token = MIXERS | attention
     channel = {
         "conv": partial(ChannelConv, ratio=config.mlp_ratio),
         "mlp": partial(ChannelMLP, ratio=config.mlp_ratio),

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-class _SigmoidSpike(Function):
+class _Spike(Function):
+    """1 where the distance to the threshold is at least 0; subclasses give the derivative at the saved distance."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -25,6 +27,8 @@ class _SigmoidSpike(Function):
         distance, ctx.slope = inputs
         ctx.save_for_backward(distance)
 
+
+class _SigmoidSpike(_Spike):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (distance,) = ctx.saved_tensors
@@ -32,18 +36,7 @@ class _SigmoidSpike(Function):
         return grad * ctx.slope * sigmoid * (1 - sigmoid), None
 
 
-class _ATanSpike(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(distance: Tensor, slope: float) -> Tensor:
-        return (distance >= 0).to(distance.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        distance, ctx.slope = inputs
-        ctx.save_for_backward(distance)
-
+class _ATanSpike(_Spike):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (distance,) = ctx.saved_tensors
@@ -104,46 +97,34 @@ Surrogate = Callable[[Tensor], Tensor]
 """Maps membrane minus threshold to spikes 0/1 (1 where the distance is >= 0) and owns the derivative."""
 
 
-class _HalfEven(Function):
-    """round(clip(x, 0, D)); gradient 1 where 0 <= x <= D. The window is one byte an element, nothing else is kept."""
+class _Staircase(Function):
+    """A rounding, and the window (bool, one byte an element, all that backward needs) where its gradient is 1."""
 
     generate_vmap_rule = True
 
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (window,) = ctx.saved_tensors
+        return grad * window, None
+
+
+class _HalfEven(_Staircase):
     @staticmethod
     def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         clipped = x.clamp(0, levels)
         # What clipping leaves alone is the window, ends included: one pass over memory instead of three comparisons.
         return clipped.round(), clipped == x
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
 
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        (window,) = ctx.saved_tensors
-        return grad * window, None
-
-
-class _HalfUp(Function):
-    """floor(clip(x, 0, D) + 1/2); gradient 1 where 0 < x < D."""
-
-    generate_vmap_rule = True
-
+class _HalfUp(_Staircase):
     @staticmethod
     def forward(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         return (x.clamp(0, levels) + 0.5).floor(), (x > 0) & (x < levels)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        (window,) = ctx.saved_tensors
-        return grad * window, None
 
 
 def round_half_even(x: Tensor, levels: int) -> Tensor:

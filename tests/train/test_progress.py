@@ -28,7 +28,8 @@ def test_a_file_sees_plain_lines_only():
     assert shown(terminal=False) == "epoch 1/1  loss 1.5\n"
 
 
-def test_no_console_is_silent():
+def test_no_console_is_silent(capsys):
     with Display(None, steps=1) as display:
         display.step(epoch="1/1", loss=1.0, rate=1e-3, speed=1.0)
         display.line("nothing")
+    assert capsys.readouterr() == ("", "")

@@ -9,6 +9,7 @@ export OMP_NUM_THREADS ?= 2
 
 demo: $(VENV)/installed
 	$(BIN)/spikeformers train digits
+	@echo "Next: . $(VENV)/bin/activate && spikeformers --help"
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
@@ -32,10 +33,11 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# editable_mode=compat: a plain path entry, so that a script beside a clone called spikeformers still finds the package.
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat --editable ".[dev]"
 	touch $@

@@ -1,0 +1,65 @@
+"""`energy`: what a run, a saved model or a named model spends, and on which images it is measured."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+RANDOM_IMAGES, RUN_IMAGES = 4, 64  # default number of images for `energy`
+
+
+def measure(arguments: Namespace) -> None:
+    """The energy table of a run, a saved model or a named model."""
+    from spikeformers import energy
+
+    model, images, note = energy_subject(arguments.model, arguments.images)
+    found = energy.measure(model, images, convention=arguments.convention)
+    print(note)
+    print(found.table())
+    if arguments.json:
+        print(f"written: {found.save(arguments.json)}")
+    if arguments.plot:
+        print(f"written: {found.plot(arguments.plot)}")
+
+
+def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataLoader | Tensor", str]:
+    """Model, images to measure it on, and a sentence that says what both are."""
+    if images is not None and images < 1:
+        raise ValueError(f"--images must be at least 1, got {images}")
+    import torch
+
+    from spikeformers import create_model, list_models
+    from spikeformers.data.images import load_split
+    from spikeformers.train.evaluate import batches_of
+    from spikeformers.train.saved import read_run, read_trained
+
+    if (Path(source) / "recipe.json").is_file():
+        model, recipe, _ = read_run(Path(source))
+        split = load_split(recipe.data, "test", seed=recipe.seed)
+        count = min(images or RUN_IMAGES, len(split))
+        loader = batches_of(split, batch_size=recipe.batch_size, images=count)
+        return model, loader, f"{source}: trained weights, {count} images of its test split"
+    fresh = source in list_models() or not (Path(source).is_dir() or "/" in source)
+    model, weights = (create_model(source), "RANDOM weights") if fresh else (read_trained(source)[0], "saved weights")
+    count = images or RANDOM_IMAGES
+    batch = torch.randn(count, model.config.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    if fresh:
+        settle_batch_norm(model, batch)
+    note = f"{source}: {weights}, {count} RANDOM images of 224x224: firing rates and energy are not those of real use"
+    return model, batch, note
+
+
+def settle_batch_norm(model: "nn.Module", images: "Tensor") -> None:
+    """Give a fresh network the statistics of `images`: with those it is built with (0 and 1) hardly a neuron fires."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    model.eval()

@@ -1,0 +1,58 @@
+"""`eval`, `predict` and `report`: what a trained model is good for."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+SEEN = 5  # classes that `predict` prints
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Test the final model of a run again on the whole test split."""
+    import torch
+
+    from spikeformers.data.images import load_split
+    from spikeformers.train.evaluate import batches_of
+    from spikeformers.train.evaluate import evaluate as run_test
+    from spikeformers.train.results import print_facts
+    from spikeformers.train.saved import read_run
+
+    model, recipe, _ = read_run(Path(arguments.run))
+    if recipe.threads:  # float32 sums depend on the number of threads, and one flipped spike can turn a close call
+        torch.set_num_threads(recipe.threads)
+    split = load_split(recipe.data, "test", seed=recipe.seed)
+    found = run_test(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    rows = [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
+    if split.skipped:
+        rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
+    print_facts(arguments.run, rows)
+
+
+def predict(arguments: Namespace) -> None:
+    """The likeliest classes of each image and the energy that its inference takes."""
+    import torch
+
+    from spikeformers import energy
+    from spikeformers.data.images import read_image
+    from spikeformers.train.results import short
+    from spikeformers.train.saved import read_trained, run_of
+
+    model, spec, classes = read_trained(arguments.model)
+    images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
+    if run_of(Path(arguments.model)) is None:
+        print(f"{arguments.model}: no recipe beside it, so images are read as ImageNet's: {spec.size}x{spec.size}")
+    for file, image in zip(arguments.files, images, strict=True):
+        batch = image[None]
+        with torch.no_grad():
+            likely = model(batch)[0].softmax(-1).topk(min(SEEN, len(classes)))
+        spent = energy.measure(model, batch)
+        print(f"{file}: {short(spent.total_mj)} mJ ({short(spent.ann_mj)} mJ as an ANN, {spent.convention})")
+        for share, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+            print(f"  {100 * share:6.2f} %  {classes[index]}")
+
+
+def report(arguments: Namespace) -> None:
+    """Write the page again, for example of a run that is still going."""
+    from spikeformers.train.report import write_report
+
+    print(write_report(Path(arguments.run)))

@@ -1,0 +1,45 @@
+"""`list`: the models and recipes that there are."""
+
+import fnmatch
+
+from jsonargparse import Namespace
+
+
+def list_names(arguments: Namespace) -> None:
+    """Models (parameters, default sizes, paper) and recipes whose names match."""
+    import torch
+
+    from spikeformers import create_model, list_models, zoo
+    from spikeformers.recipes import RECIPES
+    from spikeformers.train.results import print_table
+
+    models = []
+    for name in list_models(arguments.pattern):
+        with torch.device("meta"):  # sizes without memory or initialisation
+            model = create_model(name)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        models.append((name, f"{count:,}", sizes(model.config), zoo.CATALOGUE[name].paper))
+    recipes = [(name, first_line(RECIPES[name])) for name in fnmatch.filter(RECIPES, arguments.pattern)]
+    if models:
+        print_table(("model", "parameters", "sizes", "paper"), models, right=(1,))
+    if models and recipes:
+        print()
+    if recipes:
+        print_table(("recipe", "what it trains"), recipes)
+    if not models and not recipes:
+        known = ", ".join((*list_models(), *RECIPES))
+        raise ValueError(f"no model and no recipe matches {arguments.pattern!r}; there are {known}")
+
+
+def first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().split("\n")[0]
+
+
+def sizes(config: object) -> str:
+    """The size arguments of a model's config, as `dims 64-128-256-360, blocks 1-1-2-6-2`."""
+    shown = []
+    for name in ("dims", "dim", "depth", "blocks", "heads", "steps"):
+        value = getattr(config, name, None)
+        if value is not None:
+            shown.append(f"{name} {'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return ", ".join(shown)

@@ -1,0 +1,136 @@
+"""What each command accepts, and the help that it prints."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser
+
+if TYPE_CHECKING:
+    from jsonargparse._subcommands import ActionSubCommands
+
+
+def build_parser() -> tuple[ArgumentParser, ArgumentParser]:
+    """The parser of the whole command line, and that of `weights`, whose help is shown when it stands alone."""
+    top = new_parser(
+        "Train spiking vision transformers, count their energy and run them in integers.",
+        "spikeformers train digits                     # a first run: minutes on a CPU, data included",
+        "spikeformers predict runs/digits seven.png    # what is it, and what did it cost",
+        "spikeformers COMMAND --help                   # every command shows examples",
+    )
+    top.prog = "spikeformers"
+    commands = top.add_subcommands(required=False, metavar="COMMAND", dest="command", title="commands")
+    for add in (add_list, add_train, add_eval, add_predict, add_energy, add_report):
+        add(commands)
+    weights = new_parser("Weights that others trained.", "spikeformers weights import --help")
+    add_command(commands, "weights", weights, "weights that others trained")
+    actions = weights.add_subcommands(required=False, metavar="ACTION", dest="action", title="actions")
+    add_import(actions)
+    return top, weights
+
+
+def new_parser(description: str, *examples: str) -> ArgumentParser:
+    """A parser whose help ends with examples."""
+    return ArgumentParser(
+        description=description,
+        epilog="\n".join(("examples:", *(f"  {example}" for example in examples))),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def add_command(commands: "ActionSubCommands", name: str, parser: ArgumentParser, summary: str) -> None:
+    commands.add_subcommand(name, parser, help=summary)
+    parser.prog = parser.prog.replace(" [options]", "")
+
+
+def add_setting(parser: ArgumentParser, summary: str) -> None:
+    parser.add_argument("--set", nargs="+", action="extend", default=[], type=str, metavar="a.b=c", help=summary)
+
+
+def add_list(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Models by name, with parameters, default sizes and paper; and recipes to train them.",
+        "spikeformers list",
+        "spikeformers list '*15m*'",
+    )
+    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern (default: *)")
+    add_command(commands, "list", parser, "models with sizes and papers, and recipes")
+
+
+def add_train(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Train a recipe: a table of results at the end, everything else in the run folder, report.html included.",
+        "spikeformers train digits",
+        "spikeformers train digits --set epochs=5 optim.lr=2e-3 model.neuron=lif model.steps=4",
+        "spikeformers train cifar10_small --set data.source=imagefolder data.root=photos --out runs/photos",
+        "spikeformers train digits --seeds 0,1,2           # mean and deviation of three runs",
+        "spikeformers train digits --resume                # go on after Ctrl-C or a crash, to the same result",
+        "accelerate launch -m spikeformers train cifar10_small --out runs/two    # several processes or devices",
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="name of a recipe, such as digits; `spikeformers list` shows all"
+    )
+    add_setting(parser, "change fields of the recipe; several at once, or --set again")
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each seed, then mean and deviation")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, else the newest; its --set are known",
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="run folder (default: runs/RECIPE, runs/RECIPE-2, ...)"
+    )
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: the recipe's)")
+    add_command(commands, "train", parser, "train a recipe and report on it")
+
+
+def add_eval(commands: "ActionSubCommands") -> None:
+    parser = new_parser("Test the final model of a run on its whole test split.", "spikeformers eval runs/digits")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    add_command(commands, "eval", parser, "test a trained model again")
+
+
+def add_predict(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "The five likeliest classes of each image, and the energy of its inference beside that of an ANN.",
+        "spikeformers predict runs/digits seven.png",
+        "spikeformers predict imported/55m photos/*.jpg",
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="image files")
+    add_command(commands, "predict", parser, "classify image files")
+
+
+def add_energy(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Operations and energy by layer and by stage, spiking and as an ANN. A bare name: random weights and images.",
+        "spikeformers energy runs/digits --images 200 --json energy.json --plot energy.png",
+        "spikeformers energy meta_spikeformer_15m",
+    )
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or of a saved model, or a model's name")
+    parser.add_argument("--convention", default="meta_spikeformer", help="whose way of counting (default: %(default)s)")
+    parser.add_argument("--images", type=int, metavar="N", help="images to average over (default: 64, of a name 4)")
+    parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", default="", metavar="FILE", help="write a bar chart there (png, svg, pdf)")
+    add_command(commands, "energy", parser, "energy by layer and stage")
+
+
+def add_report(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Write report.html of a run again; also of a run that is going.", "spikeformers report runs/digits"
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    add_command(commands, "report", parser, "one page about a run")
+
+
+def add_import(actions: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Turn a checkpoint of a paper's authors into a model folder; says what was dropped; never runs its code.",
+        "spikeformers weights import 55M_kd.pth --model meta_spikeformer_55m --out imported/55m",
+        "spikeformers weights import t4.pth --model meta_spikeformer_15m --set steps=4 --out imported/15m_t4",
+    )
+    parser.add_argument("file", metavar="FILE", help="the authors' .pth file")
+    parser.add_argument("--model", required=True, metavar="NAME", help="what it is; see `spikeformers list`")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    add_setting(parser, "arguments of the model, such as num_classes=100")
+    add_command(actions, "import", parser, "read an authors' checkpoint")

@@ -1,0 +1,34 @@
+"""`--set a.b=c` and `--threads`: what changes a recipe before it is used."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from spikeformers.train.recipe import Recipe
+
+
+def configured(arguments: Namespace, run: Path) -> "Recipe":
+    """The named recipe, or on resuming the one that `run` was started with, with --set and --threads applied."""
+    from spikeformers import recipes
+    from spikeformers.train.recipe import override
+    from spikeformers.train.saved import stored_recipe
+
+    recipe = recipes.get(arguments.recipe)
+    if arguments.resume:
+        recipe = stored_recipe(run, name=recipe.name) or recipe
+    changes = [split_assignment(each) for each in arguments.set]
+    if arguments.threads is not None:
+        changes.append(("threads", str(arguments.threads)))
+    for path, text in changes:
+        recipe = override(recipe, path, text)
+    return recipe
+
+
+def split_assignment(text: str) -> tuple[str, str]:
+    """`a.b=c` -> (`a.b`, `c`)."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set takes a.b=c, got {text!r}; what follows --set belongs to it")
+    return path, value

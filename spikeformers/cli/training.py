@@ -1,0 +1,81 @@
+"""`train`: one run or one for each seed, resumed or new, in one process or several."""
+
+import contextlib
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+from spikeformers.cli.run_folders import RUNS, holds_something, run_folder
+from spikeformers.cli.settings import configured
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def train(arguments: Namespace) -> None:
+    """Train a recipe, once or for each seed, write the reports and print the results."""
+    from spikeformers import recipes
+    from spikeformers.train.loop import train as run_training
+    from spikeformers.train.report import write_report
+    from spikeformers.train.results import print_results, print_spread
+    from spikeformers.train.seeds import train_seeds
+
+    seeds = read_seeds(arguments.seeds)
+    run = run_folder(recipes.get(arguments.recipe).name, arguments)
+    if arguments.resume and not seeds and any(run.glob("seed-*")):
+        raise ValueError(f"{run} holds a run for each of several seeds: name them again with --seeds")
+    common = {"run": run, "resume": arguments.resume, "console": main_console()}
+    try:
+        recipe = configured(arguments, run)
+        if seeds:
+            found = train_seeds(recipe, seeds, **common)
+            results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
+        else:
+            results = {run: run_training(recipe, **common)}
+    except KeyboardInterrupt as stop:
+        if not holds_something(run):
+            raise
+        where = f"{stop}; " if str(stop) else ""
+        raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run)}") from None
+    finally:
+        if not (arguments.out or holds_something(run)):  # nothing came of it: give the claimed name back
+            for folder in (run, RUNS):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+    for folder, summary in results.items() if is_main_process() else ():
+        print_results(summary, write_report(folder))
+    if len(seeds) > 1 and is_main_process():
+        print_spread(seeds, list(results.values()))
+
+
+def read_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]."""
+    seeds = text.split(",") if text else []
+    if not all(seed.strip().isdecimal() for seed in seeds):
+        raise ValueError(f"--seeds takes whole numbers with commas between them, such as 0,1,2; got {text!r}")
+    if len(set(map(int, seeds))) < len(seeds):
+        raise ValueError(f"--seeds names a seed twice: {text}")
+    return [int(seed) for seed in seeds]
+
+
+def resume_command(arguments: Namespace, run: Path) -> str:
+    """What to type to go on with an interrupted run."""
+    words = ["spikeformers", "train", arguments.recipe, "--resume", "--out", str(run)]
+    words += ["--seeds", arguments.seeds] if arguments.seeds else []
+    words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
+    words += ["--set", *arguments.set] if arguments.set else []
+    return shlex.join(words)
+
+
+def is_main_process() -> bool:
+    """Only the first of several processes prints and writes reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def main_console() -> "Console | None":
+    from rich.console import Console
+
+    return Console() if is_main_process() else None

@@ -5,6 +5,7 @@ Crop and flip run on uint8 tensors; affine and policy run on pillow pictures: th
 
 import hashlib
 import random
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import RandAugment, rand_augment_choices
 from torch import Tensor
 from torchvision.transforms import v2
+
+from spikeformers.neurons import closest
 
 TIMM_SMALLEST_ASPECT = 3 / 4  # of a random resized crop; the largest is its inverse
 
@@ -23,31 +27,37 @@ TIMM_SMALLEST_ASPECT = 3 / 4  # of a random resized crop; the largest is its inv
 class Augment:
     """What happens to training pictures; the defaults change nothing.
 
-    policy: timm string, e.g. "rand-m9-mstd0.5-inc1"; "" is none.  resized_crop: smallest area fraction of a random
-    resized crop (ImageNet habit: 0.08); 0 is none.  crop_padding: pixels of zero padding before a random crop.
-    flip, erase: probabilities (erase fills with normal noise).  shift: fraction of the side; rotate: degrees;
-    scale: 0.1 means 0.9 to 1.1.  mixup, cutmix: alpha of the batch-level mixing (see `mixing`), 0 is none.
+    policy: timm string, e.g. "rand-m9-mstd0.5-inc1"; "" is none.  policy_ops: the only operations that a "rand-..."
+    policy draws, e.g. ("Rotate", "Solarize"); () is timm's list.  Names are timm's without "Increasing": "inc1" picks
+    that variant.  resized_crop: smallest area fraction of a random resized crop (ImageNet habit: 0.08); 0 is none.
+    crop_padding: pixels of zero padding before a random crop.  flip, erase: probabilities.  erase_fill: normal noise
+    or zeros, after normalising.  shift: fraction of the side; rotate: degrees; scale: 0.1 means 0.9 to 1.1.
+    mixup, cutmix: alpha of the batch-level mixing (see `mixing`), 0 is none.  mixing_epochs: mixing ends after so
+    many epochs; 0: it never does.
 
-    Raises ValueError for a value out of range or two kinds of crop at once.
+    Raises ValueError for a value out of range, two kinds of crop at once, or operations that the policy cannot draw.
     """
 
     policy: str = ""
+    policy_ops: tuple[str, ...] = ()
     resized_crop: float = 0.0
     crop_padding: int = 0
     flip: float = 0.0
     erase: float = 0.0
+    erase_fill: typing.Literal["noise", "zero"] = "noise"
     shift: float = 0.0
     rotate: float = 0.0
     scale: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixing_epochs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("resized_crop", "flip", "erase", "shift", "scale"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"augment.{name} must lie between 0 and 1, got {value}")
-        for name in ("crop_padding", "rotate", "mixup", "cutmix"):
+        for name in ("crop_padding", "rotate", "mixup", "cutmix", "mixing_epochs"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"augment.{name} must be at least 0, got {value}")
@@ -58,6 +68,27 @@ class Augment:
                 f"augment.resized_crop={self.resized_crop} and augment.crop_padding={self.crop_padding} are two ways "
                 "to crop: set one of them to 0"
             )
+        if self.erase_fill not in ("noise", "zero"):
+            raise ValueError(f"augment.erase_fill must be noise or zero, got {self.erase_fill!r}")
+        if self.policy_ops:
+            self._check_policy_ops()
+
+    def _check_policy_ops(self) -> None:
+        kind, *sections = self.policy.split("-")
+        if kind != "rand":
+            raise ValueError(
+                f"augment.policy_ops={self.policy_ops} restricts RandAugment, but augment.policy={self.policy!r}: "
+                "set a policy such as 'rand-m9-mstd0.5-inc1' first, or no policy_ops"
+            )
+        if any(section.startswith("t") for section in sections):
+            raise ValueError(
+                f"augment.policy={self.policy!r} names a set of operations of its own (its section 't...') beside "
+                f"augment.policy_ops={self.policy_ops}: leave one of them out"
+            )
+        known = rand_augment_choices("", increasing=False)
+        for name in self.policy_ops:
+            if name not in known:
+                raise ValueError(f"augment.policy_ops: timm's RandAugment has no {name!r}; {closest(name, known)}")
 
 
 def seed_of(*key: int | str) -> int:
@@ -130,7 +161,9 @@ class TrainTransform:
         self.geometry = geometry
         self.on_picture = _on_picture(augment, size=size, channels=len(mean), interpolation=interpolation)
         self.normalise = Normalise(mean, std)
-        self.erase = v2.RandomErasing(augment.erase, value="random") if augment.erase else None
+        self.erase = None
+        if augment.erase:
+            self.erase = v2.RandomErasing(augment.erase, value="random" if augment.erase_fill == "noise" else 0)
         self.random = bool(geometry or self.on_picture or self.erase)
 
     def __call__(self, picture: Tensor | Image.Image) -> Tensor:
@@ -173,6 +206,8 @@ def _on_picture(augment: Augment, *, size: int, channels: int, interpolation: st
         raise ValueError(
             f"augment.policy={augment.policy!r} is not one of timm's, such as 'rand-m9-mstd0.5-inc1': {error}"
         ) from error
+    if augment.policy_ops:
+        policy = _only(augment.policy_ops, policy.transforms[0])
     steps: list[Callable] = [resized_crop] if augment.resized_crop else []
     if augment.shift or augment.rotate or augment.scale:
         shift = (augment.shift, augment.shift) if augment.shift else None
@@ -183,6 +218,11 @@ def _on_picture(augment: Augment, *, size: int, channels: int, interpolation: st
         # timm's operations fill with a colour triple, which a grey picture cannot take.
         steps += [policy] if channels == 3 else [v2.RGB(), policy, v2.Grayscale(1)]
     return steps
+
+
+def _only(names: Sequence[str], policy: RandAugment) -> RandAugment:
+    """`policy` without the operations that `names` leaves out; those that stay are timm's, with all their settings."""
+    return RandAugment([op for op in policy.ops if op.name.removesuffix("Increasing") in names], policy.num_layers)
 
 
 def mixing(augment: Augment, *, num_classes: int) -> Mixup | None:

@@ -271,17 +271,21 @@ class _Work:
             if stopping:
                 raise KeyboardInterrupt(f"stopped and saved in epoch {self.epoch + 1} after step {self.step}")
 
+    def _rate(self, step: int) -> float:
+        """Learning rate of the optimiser step number `step` of the run, before any layer's own scale."""
+        return learning_rate(
+            step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.recipe.epochs,
+            peak=peak_rate(self.recipe, processes=self.accelerator.num_processes),
+            optim=self.recipe.optim,
+        )
+
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
         """One optimiser step; returns its learning rate, mean loss and gradient norm."""
         recipe, world = self.recipe, self.accelerator.num_processes
         done = self.epoch * self.steps_per_epoch + self.step
-        rate = learning_rate(
-            done,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=recipe.epochs,
-            peak=peak_rate(recipe, processes=world),
-            optim=recipe.optim,
-        )
+        rate = self._rate(done)
         set_rate(self.optimizer, rate)
         total, whole = torch.zeros((), device=self.accelerator.device), True
         for part in range(recipe.accumulate):
@@ -293,7 +297,7 @@ class _Work:
             last = part == recipe.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                    loss = self.task.loss(self.model, images, labels) / recipe.accumulate
+                    loss = self.task.loss(self.model, images, labels, epoch=self.epoch) / recipe.accumulate
                 loss.backward()
             total = total + loss.detach()
         norm = float(gradient_norm(self.plain, clip=recipe.optim.clip_grad))
@@ -332,7 +336,7 @@ class _Work:
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._rate(self.epoch * self.steps_per_epoch + self.step - 1),
             "seconds": seconds,
             "images_per_second": images / training,
         }

@@ -10,9 +10,25 @@ from spikeformers.train.recipe import Optim, Recipe
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Any optimiser of timm; 1-D parameters (biases, norms) are not decayed. Raises ValueError for an unknown name."""
+    """Any optimiser of timm; 1-D parameters (biases, norms) are not decayed.
+
+    With `optim.layer_decay` below 1 every group of parameters has its layer's `lr_scale`, layers being those of the
+    model's `group_matcher` (timm's protocol).  Raises ValueError for an unknown name or a model without that.
+    """
+    decays = optim.layer_decay < 1
+    if decays and not hasattr(model, "group_matcher"):
+        raise ValueError(
+            f"optim.layer_decay={optim.layer_decay} needs a network that lists its layers, but {type(model).__name__} "
+            "has no group_matcher(coarse=False) as timm's have: set optim.layer_decay=1"
+        )
     try:
-        return create_optimizer_v2(model, opt=optim.name, lr=optim.lr, weight_decay=optim.weight_decay)
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay if decays else None,
+        )
     except ValueError as error:
         raise ValueError(f"optim.name {optim.name!r} is no optimiser of timm (try adamw, lamb or lambc)") from error
 
@@ -24,20 +40,27 @@ def peak_rate(recipe: Recipe, *, processes: int) -> float:
 
 
 def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, optim: Optim) -> float:
-    """Rate of the optimiser step number `step` (from 0): linear from 0 in the warm-up, then half a cosine."""
-    epoch = step / steps_per_epoch
-    if epoch < optim.warmup_epochs:
-        return peak * epoch / optim.warmup_epochs
-    rest = max(epochs - optim.warmup_epochs, 1e-12)
-    done = min((epoch - optim.warmup_epochs) / rest, 1.0)
+    """Rate of the optimiser step number `step` (from 0): linear in the warm-up, half a cosine, then the cool-down.
+
+    With `optim.per_epoch` it is the rate of the epoch's beginning, and the warm-up covers the cosine's first part
+    instead of delaying it, as in timm 0.5.4: floor + (peak - floor) / 2 * (1 + cos(pi * epoch / end)).
+    """
+    end = epochs - optim.cooldown_epochs
     floor = min(optim.min_lr, peak)
+    epoch = step // steps_per_epoch if optim.per_epoch else step / steps_per_epoch
+    if epoch >= end:
+        return floor
+    if epoch < optim.warmup_epochs:
+        return optim.warmup_lr + (peak - optim.warmup_lr) * epoch / optim.warmup_epochs
+    start = 0 if optim.per_epoch else optim.warmup_epochs
+    done = (epoch - start) / (end - start)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let every parameter group use `rate`."""
+    """Let every parameter group use `rate`, times its layer's `lr_scale` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def gradient_norm(model: nn.Module, *, clip: float) -> torch.Tensor:

@@ -41,7 +41,11 @@ class Optim:
     lr: float = 1e-3
     lr_batch: int = 0  # lr is for this many images a step and scales with the real number; 0: lr is used as it is
     min_lr: float = 1e-6
-    warmup_epochs: float = 0.0  # linear from 0, per step; then half a cosine down to min_lr
+    warmup_epochs: float = 0.0  # linear from warmup_lr; then half a cosine down to min_lr
+    warmup_lr: float = 0.0  # like min_lr not scaled by lr_batch
+    cooldown_epochs: float = 0.0  # the last of all epochs, at min_lr; the cosine ends where they begin
+    per_epoch: bool = False  # one rate an epoch, on a cosine that began with epoch 0 (timm 0.5.4); else one a step
+    layer_decay: float = 1.0  # each layer below the classifier learns at this times the rate of the one above; 1: none
     weight_decay: float = 0.05  # not on biases and other 1-D parameters
     clip_grad: float = 0.0  # largest global gradient norm; 0: no clipping
 
@@ -116,6 +120,15 @@ class Recipe:
         for path, value in (("ema_decay", self.ema_decay), ("label_smoothing", self.label_smoothing)):
             if not 0 <= value < 1:
                 raise ValueError(f"{path} must be at least 0 and below 1, got {value}")
+        if not 0 < self.optim.layer_decay <= 1:
+            raise ValueError(
+                f"optim.layer_decay must be above 0 and at most 1 (no decay), got {self.optim.layer_decay}"
+            )
+        if self.optim.cooldown_epochs >= self.epochs:
+            raise ValueError(
+                f"optim.cooldown_epochs must be below epochs, got {self.optim.cooldown_epochs} of {self.epochs}: "
+                "lower it, before epochs if you lower both"
+            )
         if not 0 <= self.distill.alpha <= 1:
             raise ValueError(f"distill.alpha must lie between 0 and 1, got {self.distill.alpha}")
 
@@ -133,6 +146,8 @@ _LEAST = {
     "optim.min_lr": 0,
     "optim.lr_batch": 0,
     "optim.warmup_epochs": 0,
+    "optim.warmup_lr": 0,
+    "optim.cooldown_epochs": 0,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
     "saving.every_steps": 0,
@@ -205,7 +220,7 @@ def _read(text: str, kind: object) -> object:
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return text
     if typing.get_origin(kind) is tuple:
-        return [literal(part) for part in text.strip("()[] ").split(",") if part.strip()]
+        return [literal(part.strip()) for part in text.strip("()[] ").split(",") if part.strip()]
     return literal(text)
 
 

@@ -54,15 +54,17 @@ class Classification:
         *,
         smoothing: float,
         mixer: Mixup | None = None,
+        mixing_epochs: int = 0,
         teacher: nn.Module | None = None,
         distill: Distill | None = None,
     ):
-        self.smoothing, self.mixer, self.teacher, self.distill = smoothing, mixer, teacher, distill
+        self.smoothing, self.teacher, self.distill = smoothing, teacher, distill
+        self.mixer, self.mixing_epochs = mixer, mixing_epochs
 
-    def loss(self, model: Callable, images: Tensor, labels: Tensor) -> Tensor:
-        """Scalar loss of images [B,C,H,W] with labels [B]; calls `model` once."""
+    def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
+        """Scalar loss of images [B,C,H,W] with labels [B] in the given `epoch` (from 0); calls `model` once."""
         target = labels
-        if self.mixer is not None:
+        if self.mixer is not None and not 0 < self.mixing_epochs <= epoch:
             images, target = self.mixer(images, labels)
         outputs = model(images)
         if self.teacher is None:
@@ -85,7 +87,11 @@ def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: to
     if recipe.distill.teacher:
         teacher = build_teacher(recipe.distill, num_classes=num_classes, in_channels=in_channels).to(device)
     return Classification(
-        smoothing=recipe.label_smoothing, mixer=mixer, teacher=teacher, distill=recipe.distill if teacher else None
+        smoothing=recipe.label_smoothing,
+        mixer=mixer,
+        mixing_epochs=recipe.data.augment.mixing_epochs,
+        teacher=teacher,
+        distill=recipe.distill if teacher else None,
     )
 
 

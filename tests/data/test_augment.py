@@ -95,11 +95,12 @@ def test_a_padded_crop_is_a_window_of_the_padded_picture():
         Augment(crop_padding=4, flip=0.5),
         Augment(shift=0.1, rotate=10, scale=0.1),
         Augment(erase=1.0),
+        Augment(policy="rand-m9-n1-mstd0.4-inc1", policy_ops=("Rotate", "ShearX")),
         Augment(policy="rand-m9-mstd0.5-inc1", crop_padding=4),
         Augment(policy="rand-m9-mstd0.5-inc1", resized_crop=0.3, flip=0.5, erase=0.25),
         Augment(policy="augmix-m3-w2"),
     ],
-    ids=["crop", "affine", "erase", "policy", "imagenet", "augmix"],
+    ids=["crop", "affine", "erase", "policy_ops", "policy", "imagenet", "augmix"],
 )
 def test_the_same_key_gives_the_same_picture_and_another_key_another(augment, channels):
     change = transform(augment, channels=channels)
@@ -133,6 +134,13 @@ def test_a_resized_crop_takes_pictures_of_any_size():
         ({"scale": 1.0}, "augment.scale must lie below 1, got 1.0"),
         ({"crop_padding": -1}, "augment.crop_padding must be at least 0, got -1"),
         ({"crop_padding": 4, "resized_crop": 0.1}, "set one of them to 0"),
+        ({"mixing_epochs": -1}, "augment.mixing_epochs must be at least 0, got -1"),
+        ({"erase_fill": "grey"}, "augment.erase_fill must be noise or zero, got 'grey'"),
+        ({"policy": "rand-m9", "policy_ops": ("Rotat",)}, "has no 'Rotat'; closest: Rotate"),
+        ({"policy": "rand-m9-inc1", "policy_ops": ("ColorIncreasing",)}, "'ColorIncreasing'; closest: .*Color"),
+        ({"policy_ops": ("Rotate",)}, "restricts RandAugment, but augment.policy='': set a policy such as"),
+        ({"policy": "augmix-m3-w2", "policy_ops": ("Rotate",)}, "but augment.policy='augmix-m3-w2'"),
+        ({"policy": "rand-m9-tweights", "policy_ops": ("Rotate",)}, "leave one of them out"),
     ],
 )
 def test_an_impossible_augmentation_is_refused(wrong, message):
@@ -144,6 +152,38 @@ def test_an_impossible_augmentation_is_refused(wrong, message):
 def test_an_unknown_policy_is_refused_with_an_example(policy):
     with pytest.raises(ValueError, match=f"augment.policy='{policy}' is not one of timm's, such as"):
         transform(Augment(policy=policy))
+
+
+def test_only_the_named_operations_are_drawn_and_they_keep_all_of_timms_settings():
+    names = ("Equalize", "Rotate", "ShearX", "TranslateXRel", "TranslateYRel")  # of Spikformer's CIFAR training
+    text = "rand-m9-n1-mstd0.4-inc1"
+    (policy,) = transform(Augment(policy=text, policy_ops=names)).on_picture
+    assert policy.num_layers == 1
+    assert policy.choice_weights is None
+    assert tuple(op.name for op in policy.ops) == names
+    whole = transform(Augment(policy=text)).on_picture[0].transforms[0]
+    expected = {op.name: vars(op) for op in whole.ops}
+    assert all(vars(op) == expected[op.name] for op in policy.ops)
+    assert {op.prob for op in policy.ops} == {0.5}
+    assert policy.ops[0].hparams["translate_const"] == int(0.45 * 32)
+
+
+@pytest.mark.parametrize(("text", "name"), [("rand-m9", "Solarize"), ("rand-m9-inc1", "SolarizeIncreasing")])
+def test_inc1_picks_the_increasing_variant_of_a_named_operation(text, name):
+    (policy,) = transform(Augment(policy=text, policy_ops=("Solarize",))).on_picture
+    assert [op.name for op in policy.ops] == [name]
+
+
+def test_erasing_fills_with_noise_or_with_zeros_after_normalising():
+    plain = transform(Augment())(PICTURE)
+    for fill in ("noise", "zero"):
+        with seeded(2):
+            image = transform(Augment(erase=1.0, erase_fill=fill))(PICTURE)
+        changed = (image != plain).any(0)
+        rows, columns = changed.any(1), changed.any(0)
+        assert 0.02 * 0.8 <= float(changed.float().mean()) <= 0.33 * 1.2  # timm's areas; sides are whole pixels
+        assert torch.equal(changed, rows[:, None] & columns)  # one rectangle
+        assert bool((image[:, changed] == 0).all()) == (fill == "zero")
 
 
 def test_mixing_is_none_when_off_and_gives_soft_targets_that_sum_to_one():

@@ -59,7 +59,7 @@ def test_a_training_step_is_finite_and_changes_every_layer(cuda, neuron, steps, 
     labels = torch.randint(5, (8,)).to(cuda)
     before = copy.deepcopy(model.state_dict())
     with torch.autocast(cuda, torch.bfloat16, enabled=autocast):
-        loss = Classification(smoothing=0.1).loss(model, images, labels)
+        loss = Classification(smoothing=0.1).loss(model, images, labels, epoch=0)
     loss.backward()
     optimizer.step()
     assert loss.dtype == torch.float32

@@ -73,6 +73,27 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(tiny, tmp_path, monkey
     assert_same_run(tmp_path / "whole", tmp_path / "broken", epochs=2)
 
 
+def test_an_interrupted_run_with_layer_decay_ends_as_the_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    optim = Optim(lr=2e-3, warmup_epochs=1, warmup_lr=1e-4, cooldown_epochs=1, per_epoch=True, layer_decay=0.5)
+    recipe = tiny(epochs=3, optim=optim, saving=Saving(every_steps=2, keep=0))
+    recipe = override(override(recipe, "data.augment.mixup", "0.8"), "data.augment.mixing_epochs", "2")
+    train(recipe, run=tmp_path / "whole")
+    interrupt_at(monkeypatch, 1, 25)
+    with pytest.raises(ConnectionError):
+        train(recipe, run=tmp_path / "broken")
+    assert checkpoint.newest(tmp_path / "broken" / "checkpoints").name == "epoch-0001-step-000002"
+    train(recipe, run=tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", epochs=3)
+    rates = [record["lr"] for record in read_log(tmp_path / "whole", "epoch")]
+    assert rates == pytest.approx([1e-4, 1e-6 + (2e-3 - 1e-6) / 2, 1e-6])  # of the classifier: no layer's own
+    steps = read_log(tmp_path / "whole", "step")
+    assert [record["lr"] for record in steps] == [rates[2]]  # step 10 of 12
+    _, training, _ = checkpoint.load(tmp_path / "whole" / "checkpoints" / "epoch-0002")
+    groups = training["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.5**depth for depth in range(6)}
+    assert all(group["lr"] == rates[1] * group["lr_scale"] for group in groups)
+
+
 def test_ctrl_c_saves_the_step_and_resumes_to_the_same_result(tiny, tmp_path, monkeypatch):
     train(tiny(saving=Saving(keep=0)), run=tmp_path / "whole")
     original = ImageSplit.__getitem__

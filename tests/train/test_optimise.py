@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate
+from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
 from spikeformers.train.recipe import Optim
+from spikeformers.zoo import create_model
 
 
 def test_the_rate_rises_linearly_from_zero_then_falls_by_half_a_cosine():
@@ -17,6 +19,37 @@ def test_the_rate_rises_linearly_from_zero_then_falls_by_half_a_cosine():
     assert rates[40] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert rates[60] == pytest.approx(0.55)  # half way down
     assert rates[100] == pytest.approx(0.1)
+
+
+def test_the_warm_up_starts_at_its_own_rate_and_the_cool_down_stays_at_the_least():
+    optim = Optim(warmup_epochs=2, warmup_lr=0.2, min_lr=0.1, cooldown_epochs=2)
+    rates = [learning_rate(step, steps_per_epoch=10, epochs=10, peak=1.0, optim=optim) for step in range(100)]
+    assert rates[0] == 0.2
+    assert rates[10] == pytest.approx(0.6)
+    assert rates[20] == pytest.approx(1.0)
+    assert rates[50] == pytest.approx(0.55)  # half way from epoch 2 to epoch 8
+    assert rates[79] > 0.1
+    assert set(rates[80:]) == {0.1}
+
+
+def test_per_epoch_the_rate_is_constant_within_an_epoch_and_the_warm_up_does_not_shift_the_cosine():
+    optim = Optim(warmup_epochs=3, warmup_lr=0.01, min_lr=0.1, cooldown_epochs=2, per_epoch=True)
+    rates = [learning_rate(step, steps_per_epoch=5, epochs=10, peak=1.0, optim=optim) for step in range(50)]
+    cosine = [0.1 + 0.5 * 0.9 * (1 + math.cos(math.pi * epoch / 8)) for epoch in range(8)]
+    assert rates[::5] == pytest.approx([0.01, 0.01 + 0.99 / 3, 0.01 + 0.99 * 2 / 3, *cosine[3:], 0.1, 0.1])
+    assert all(rate == rates[step - step % 5] for step, rate in enumerate(rates))
+
+
+@pytest.mark.parametrize(("cooldown", "warmup"), [(0, 0), (0, 20), (10, 20)])
+def test_per_epoch_equals_timms_scheduler(cooldown, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-4)
+    # timm does not count the cool-down among the epochs of the cosine, a recipe does.
+    scheduler = CosineLRScheduler(optimizer, t_initial=100, lr_min=1e-5, warmup_t=warmup, warmup_lr_init=1e-5)
+    optim = Optim(min_lr=1e-5, warmup_lr=1e-5, warmup_epochs=warmup, cooldown_epochs=cooldown, per_epoch=True)
+    for epoch in range(100 + cooldown):
+        rate = learning_rate(7 * epoch + 3, steps_per_epoch=7, epochs=100 + cooldown, peak=5e-4, optim=optim)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch + 1)
 
 
 def test_the_rate_scales_with_the_images_of_a_step(tiny):
@@ -33,6 +66,33 @@ def test_parameters_with_one_axis_are_not_decayed(name):
         decays |= dict.fromkeys(group["params"], group["weight_decay"])
     assert {decays[parameter] for parameter in model.parameters() if parameter.ndim == 1} == {0.0}
     assert decays[model[0].weight] == 0.05
+
+
+def test_with_layer_decay_each_layer_learns_at_a_fraction_of_the_rate_of_the_one_above():
+    model = create_model("meta_spikeformer_15m", dims=(8, 8, 8, 8), blocks=(1, 1, 1, 2, 0), num_classes=3, heads=2)
+    optimizer = build_optimizer(model, Optim(layer_decay=0.5, weight_decay=0.05))
+    set_rate(optimizer, 0.1)
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups) == len([*model.parameters()])
+    layers = ["stage1a", "stage1b", "stage2", "stage3.block0", "stage3.block1", "stage4", "head"]
+    found = {name: groups[id(parameter)]["lr"] for name, parameter in model.named_parameters()}
+    for name, rate in found.items():
+        layer = name.replace("stage3.down", "stage3.block0")
+        (depth,) = (index for index, prefix in enumerate(layers) if layer.startswith(prefix))
+        assert rate == 0.1 * 0.5 ** (6 - depth), name
+    assert {groups[id(each)]["weight_decay"] for each in model.parameters() if each.ndim > 1} == {0.05}
+    assert {groups[id(each)]["weight_decay"] for each in model.parameters() if each.ndim == 1} == {0.0}
+
+
+def test_without_layer_decay_every_group_uses_the_rate_itself():
+    optimizer = build_optimizer(nn.Linear(2, 2), Optim())
+    set_rate(optimizer, 0.3)
+    assert all(group["lr"] == 0.3 and "lr_scale" not in group for group in optimizer.param_groups)
+
+
+def test_layer_decay_wants_a_network_that_lists_its_layers():
+    with pytest.raises(ValueError, match=r"optim\.layer_decay=0\.5 .*Linear has no group_matcher.*layer_decay=1"):
+        build_optimizer(nn.Linear(1, 1), Optim(layer_decay=0.5))
 
 
 def test_an_unknown_optimiser_is_named():

@@ -18,6 +18,9 @@ from spikeformers.train.recipe import Recipe, differences, from_json, override, 
         ("model.dims", "8,16,24,32", (8, 16, 24, 32)),
         ("model.dims", "(8, 16, 24, 32)", (8, 16, 24, 32)),
         ("precision", "bfloat16", "bfloat16"),
+        ("optim.per_epoch", "true", True),
+        ("optim.layer_decay", "0.75", 0.75),
+        ("data.augment.erase_fill", "zero", "zero"),
     ],
 )
 def test_override_sets_any_leaf_and_nothing_else(tiny, path, text, value):
@@ -29,6 +32,12 @@ def test_override_sets_any_leaf_and_nothing_else(tiny, path, text, value):
     assert found == value
     assert type(found) is type(value)
     assert [each.split(":")[0] for each in differences(before, after)] == [path]
+
+
+def test_override_reads_names_with_and_without_blanks(tiny):
+    recipe = override(tiny(), "data.augment.policy", "rand-m9-n1-mstd0.4-inc1")
+    for text in ("Rotate,ShearX", "(Rotate, ShearX)", "'Rotate', 'ShearX'"):
+        assert override(recipe, "data.augment.policy_ops", text).data.augment.policy_ops == ("Rotate", "ShearX")
 
 
 def test_override_reaches_builder_options(tiny):
@@ -53,6 +62,11 @@ def test_override_reaches_builder_options(tiny):
         ("precision", "float8", "precision must be one of float32, bfloat16, float64, got 'float8'"),
         ("epochs", "0", "epochs must be at least 1, got 0"),
         ("ema_decay", "1.5", "ema_decay must be at least 0 and below 1"),
+        ("optim.layer_decay", "0", "optim.layer_decay must be above 0 and at most 1.*, got 0.0"),
+        ("optim.layer_decay", "1.1", "optim.layer_decay must be above 0 and at most 1.*, got 1.1"),
+        ("optim.cooldown_epochs", "2", "optim.cooldown_epochs must be below epochs, got 2.0 of 2: lower it"),
+        ("optim.warmup_lr", "-1", "optim.warmup_lr must be at least 0, got -1"),
+        ("data.augment.erase_fill", "grey", "data.augment.erase_fill must be one of noise, zero, got 'grey'"),
     ],
 )
 def test_a_wrong_override_names_field_value_and_cure(tiny, path, text, message):

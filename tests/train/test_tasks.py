@@ -26,7 +26,7 @@ def test_hard_distillation_is_half_own_loss_half_the_teachers_class():
     task = Classification(smoothing=0.1, teacher=lambda _: teacher, distill=Distill(teacher="any"))
     expected = 0.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
     expected += 0.5 * F.cross_entropy(logits_kd, teacher.argmax(1))
-    torch.testing.assert_close(task.loss(lambda _: (logits, logits_kd), images, labels), expected)
+    torch.testing.assert_close(task.loss(lambda _: (logits, logits_kd), images, labels, epoch=0), expected)
 
 
 def test_soft_distillation_by_hand_and_zero_for_equal_logits():
@@ -84,7 +84,7 @@ def test_the_loss_is_taken_against_the_mixed_targets():
     soft = torch.tensor([[0.7, 0.0, 0.3], [0.3, 0.0, 0.7]])
     task = Classification(smoothing=0.0, mixer=lambda images, _: (images + 1, soft))
     seen = []
-    loss = task.loss(lambda images: seen.append(images) or logits, torch.zeros(2, 1, 2, 2), labels)
+    loss = task.loss(lambda images: seen.append(images) or logits, torch.zeros(2, 1, 2, 2), labels, epoch=0)
     torch.testing.assert_close(loss, -(soft * logits.log_softmax(1)).sum(1).mean())
     assert torch.equal(seen[0], torch.ones(2, 1, 2, 2))
 
@@ -94,8 +94,22 @@ def test_mixup_gives_soft_targets_and_wants_even_batches(tiny):
     sizes = {"num_classes": 10, "in_channels": 1, "device": torch.device("cpu")}
     task = build_task(tiny(data=data), **sizes)
     seen = []
-    loss = task.loss(lambda images: seen.append(images) or torch.zeros(8, 10), torch.randn(8, 1, 4, 4), torch.arange(8))
+    images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
+    loss = task.loss(lambda images: seen.append(images) or torch.zeros(8, 10), images, labels, epoch=999)
     assert float(loss) == pytest.approx(torch.log(torch.tensor(10.0)))  # uniform logits: any target costs log 10
     assert seen[0].shape == (8, 1, 4, 4)
     with pytest.raises(ValueError, match="batch_size must be even, got 7"):
         build_task(tiny(data=data, batch_size=7), **sizes)
+
+
+def test_after_the_mixing_epochs_images_and_labels_are_plain_and_still_smoothed(tiny):
+    data = dataclasses.replace(tiny().data, augment=Augment(mixup=0.8, mixing_epochs=2))
+    task = build_task(tiny(data=data, label_smoothing=0.1), num_classes=10, in_channels=1, device=torch.device("cpu"))
+    logits, images, labels = torch.randn(8, 10), torch.randn(8, 1, 4, 4), torch.arange(8)
+    plain = []
+    for epoch in range(4):
+        seen = []
+        loss = task.loss(lambda images, seen=seen: seen.append(images) or logits, images.clone(), labels, epoch=epoch)
+        smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        plain.append(torch.equal(seen[0], images) and torch.equal(loss, smoothed))
+    assert plain == [False, False, True, True]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from spikeformers.backbones import meta_spikeformer
+from spikeformers.backbones import meta_spikeformer, spikformer
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import closest, set_steps
 from spikeformers.weights import load_official, load_strict, read_checkpoint
@@ -28,8 +28,16 @@ class Entry:
 
 META_SPIKEFORMER = "Spike-driven Transformer V2: Meta Spiking Neural Network Architecture (ICLR 2024)"
 
+SPIKFORMER = {
+    "v1": "Spikformer: When Spiking Neural Network Meets Transformer (ICLR 2023)",
+    "v2": "Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket (2024)",
+}
+
 CATALOGUE: dict[str, Entry] = {
     name: Entry(config, "meta_spikeformer", META_SPIKEFORMER) for name, config in meta_spikeformer.SIZES.items()
+} | {
+    name: Entry(config, "spikformer", SPIKFORMER["v2" if config.stem == "scs" else "v1"])
+    for name, config in spikformer.SIZES.items()
 }
 
 

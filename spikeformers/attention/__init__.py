@@ -1,5 +1,24 @@
-"""Spiking attention operators."""
+"""Spiking attention operators, and the ones they are measured against."""
 
-from spikeformers.attention.sdsa import SDSA, SDSA1, SDSA2, SDSA3, SDSA4, spike_attention
+from spikeformers.attention.sdsa import SDSA, SDSA1, SDSA2, SDSA3, SDSA4
+from spikeformers.attention.ssa import SCALE, SSA, LearnableScaleSSA, SpikeAttention, spike_attention
+from spikeformers.attention.vsa import VSA, IdentityMap, LeakyReLUMap, ReLUMap, SoftmaxAttention, VSAFloatV
 
-__all__ = ["SDSA", "SDSA1", "SDSA2", "SDSA3", "SDSA4", "spike_attention"]
+__all__ = [
+    "SCALE",
+    "SDSA",
+    "SDSA1",
+    "SDSA2",
+    "SDSA3",
+    "SDSA4",
+    "SSA",
+    "VSA",
+    "IdentityMap",
+    "LeakyReLUMap",
+    "LearnableScaleSSA",
+    "ReLUMap",
+    "SoftmaxAttention",
+    "SpikeAttention",
+    "VSAFloatV",
+    "spike_attention",
+]

@@ -2,5 +2,6 @@
 
 from spikeformers.backbones.features import FeatureInfo
 from spikeformers.backbones.meta_spikeformer import MetaSpikeFormer, MetaSpikeFormerConfig
+from spikeformers.backbones.spikformer import ANN_TWIN, Spikformer, SpikformerConfig
 
-__all__ = ["FeatureInfo", "MetaSpikeFormer", "MetaSpikeFormerConfig"]
+__all__ = ["ANN_TWIN", "FeatureInfo", "MetaSpikeFormer", "MetaSpikeFormerConfig", "Spikformer", "SpikformerConfig"]

@@ -24,14 +24,13 @@ from spikeformers.layers import (
     ChannelMLP,
     ConvBN,
     MembraneShortcut,
+    Mixer,
     Pretrained,
     RepConv,
     SepConv,
+    TransformerBlock,
 )
-from spikeformers.neurons import Door, NeuronBuilder, TimeMean, closest, neuron_builder
-
-Mixer = Callable[..., nn.Module]
-"""Called as `mixer(dim, neuron=builder)`; the module maps spikes [TB, C, H, W] to currents of the same shape."""
+from spikeformers.neurons import Door, NeuronBuilder, TimeMean, choose, neuron_builder
 
 
 class Identity(nn.Identity):
@@ -66,23 +65,6 @@ class ConvBlock(nn.Module):
         if self.sep_conv is not None:
             u = self.sep_shortcut(u, self.sep_conv)
         return self.channel_shortcut(u, self.channel_conv)
-
-
-class TransformerBlock(nn.Module):
-    """U' = U + RepConv_4(SDSA(Q, K, V)); U'' = U' + ChannelMLP(U').  Source: Meta-SpikeFormer, Eqs. 11-14."""
-
-    def __init__(
-        self, dim: int, *, token_mixer: Mixer, channel_mixer: Mixer, shortcut: Mixer, neuron: NeuronBuilder
-    ) -> None:
-        super().__init__()
-        self.attn_shortcut = shortcut(neuron=neuron)
-        self.attn = token_mixer(dim, neuron=neuron)
-        self.mlp_shortcut = shortcut(neuron=neuron)
-        self.mlp = channel_mixer(dim, neuron=neuron)
-
-    def forward(self, u: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
-        u = self.attn_shortcut(u, self.attn)
-        return self.mlp_shortcut(u, self.mlp)
 
 
 @dataclass(frozen=True)
@@ -130,26 +112,17 @@ PROJECTIONS = {"rep_conv": RepConv, "linear": partial(ConvBN, kernel=1)}
 MIXERS: dict[str, Mixer] = {"sep_conv": SepConv, "identity": Identity, "pooling": Pooling}  # add your own by name
 
 
-def _choose(field: str, choice: object, known: dict) -> object:
-    """The builder that `choice` names in `known`, or `choice` itself if it is a builder."""
-    if not isinstance(choice, str):
-        return choice
-    if choice not in known:
-        raise ValueError(f"{field}: unknown choice {choice!r}; {closest(choice, known)}")
-    return known[choice]
-
-
 def _neuron(config: MetaSpikeFormerConfig) -> NeuronBuilder:
     return neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
 
 
 def _shortcut(config: MetaSpikeFormerConfig) -> type[MembraneShortcut]:
-    return _choose("shortcut", config.shortcut, SHORTCUTS)
+    return choose("shortcut", config.shortcut, SHORTCUTS)
 
 
 def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
     """One block of `kind` "conv" or "transformer" with the mixers that `config` chooses."""
-    projections = {name: _choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
+    projections = {name: choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
     attention = {name: partial(operator, heads=config.heads, **projections) for name, operator in SDSA.items()}
     token = MIXERS | attention
     channel = {
@@ -158,17 +131,17 @@ def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
         "identity": Identity,
     }
     shared = {"shortcut": _shortcut(config), "neuron": _neuron(config)}
-    if _choose("kinds", kind, {"conv": "conv", "transformer": "transformer"}) == "conv":
+    if choose("kinds", kind, {"conv": "conv", "transformer": "transformer"}) == "conv":
         return ConvBlock(
             dim,
-            token_mixer=_choose("conv_token_mixer", config.conv_token_mixer, {**token, "none": None}),
-            channel_mixer=_choose("conv_channel_mixer", config.conv_channel_mixer, channel),
+            token_mixer=choose("conv_token_mixer", config.conv_token_mixer, {**token, "none": None}),
+            channel_mixer=choose("conv_channel_mixer", config.conv_channel_mixer, channel),
             **shared,
         )
     return TransformerBlock(
         dim,
-        token_mixer=_choose("attention", config.attention, token),
-        channel_mixer=_choose("channel_mixer", config.channel_mixer, channel),
+        token_mixer=choose("attention", config.attention, token),
+        channel_mixer=choose("channel_mixer", config.channel_mixer, channel),
         **shared,
     )
 
@@ -252,6 +225,16 @@ class MetaSpikeFormer(Pretrained):
     def steps(self) -> int:
         """Time steps T that the model runs; change them with `set_steps`."""
         return self.door.steps
+
+    def group_matcher(self, *, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:
+        """Regular expressions for the names of each layer's weights, for rates that fall with depth (timm's protocol).
+
+        A layer is a block, the first of a level with the `down` in front of it, or a `down` without blocks; `coarse`: a
+        level. What they leave out, the classifiers, comes last.
+        """
+        if coarse:
+            return {name: rf"{name}\." for name in self.level_names}
+        return {name: [(rf"{name}\.block(\d+)\.", None), (rf"{name}\.down\.", (0,))] for name in self.level_names}
 
     def forward_features(self, x: Tensor) -> list[Real[Tensor, "TB _ _ _"]]:
         """Membrane maps of all levels, fine to coarse, time folded into the batch."""

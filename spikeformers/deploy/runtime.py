@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spikeformers.attention import SDSA3
+from spikeformers.attention import SSA
 from spikeformers.deploy.counts import CountNeuron, IntegerConv, IntegerLinear, PerImage, fires_by_itself
 from spikeformers.deploy.fuse import fuse, plain_copy
 from spikeformers.deploy.wiring import OTHER, Wiring, probe
@@ -226,9 +226,9 @@ def _swap_neurons(
 
 
 def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> None:
-    """Let SDSA-3 and 4 multiply whole counts and put their units into the scale, so that no order of sums matters."""
+    """Let SSA (and SDSA-3, 4) multiply whole counts and put their units into the scale, so the order of sums is free."""
     for name, attention in modules.items():
-        if not isinstance(attention, SDSA3):
+        if not isinstance(attention, SSA):
             continue
         operands = [getattr(attention, operand) for operand in attention.operands]
         shape = wiring.shapes[f"{name}.q"]

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spikeformers.attention.sdsa import SDSA1, SDSA2, SDSA3
+from spikeformers.attention import SDSA1, SDSA2, SSA
 from spikeformers.energy.firing import neurons_of, plain_name
 from spikeformers.layers import RepConv, SepConv
 from spikeformers.neurons import Neuron
@@ -278,7 +278,7 @@ def _sdsa2(module: SDSA2, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -
     return elements, [("sum_q", elements, rates["q"])]
 
 
-def _sdsa3(module: SDSA3, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -> Products:
+def _ssa(module: SSA, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -> Products:
     """Two matrix products per head, in the cheaper order as `spike_attention` picks it.
 
     In the first both sides are spikes and the sparser one says what is added; in the second the remaining spikes do.
@@ -293,4 +293,4 @@ def _sdsa3(module: SDSA3, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -
     return rows * tokens * channels**2, [(names[0], macs, sparser), (names[1], macs, rates[last])]
 
 
-ATTENTION = {SDSA1: _sdsa1, SDSA2: _sdsa2, SDSA3: _sdsa3}  # SDSA4 is an SDSA3
+ATTENTION = {SDSA1: _sdsa1, SDSA2: _sdsa2, SSA: _ssa}  # SDSA-3 and 4 are SSA with other projections

@@ -45,12 +45,15 @@ def conv2d_from(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> nn.C
 
 
 class ConvBN(nn.Sequential):
-    """Conv2d (square kernel, padded to keep the size at stride 1) and BatchNorm2d: [TB, C, H, W] -> [TB, O, H', W']."""
+    """Conv2d (square kernel; odd ones padded to keep the size at stride 1) and BatchNorm2d.
+
+    [TB, C, H, W] -> [TB, O, H', W'].
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool = False
     ) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=bias)
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
     def merge(self) -> nn.Conv2d:

@@ -2,25 +2,32 @@
 
 from functools import partial
 
+from torch import nn
+
 from spikeformers.neurons.integer import IELIF, ILIF, NILIF, i_lif, ie_lif, ni_lif
 from spikeformers.neurons.lif import LIF
 from spikeformers.neurons.neuron import Neuron, NeuronBuilder, as_membrane
 from spikeformers.neurons.steps import Door, Stream, Temporal, TimeMean, set_steps, streaming, temporal_modules
-from spikeformers.neurons.suggest import closest
+from spikeformers.neurons.suggest import choose, closest
 from spikeformers.neurons.surrogate import ATan, Rectangle, Sigmoid
 
 NEURONS = {"lif": LIF, "i_lif": ILIF, "ie_lif": IELIF, "ni_lif": NILIF}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}  # stand in neurons' places in the ANN twin of a network
 
 
 def neuron_builder(neuron: str | NeuronBuilder, *, levels: int = 4, steps: int = 1) -> NeuronBuilder:
     """Neuron name, or a builder of your own -> a builder that blocks call as `neuron()` or `neuron(threshold=0.5)`.
 
     `levels` is D of the integer family, by name or class; LIF is binary and ignores it. A builder of your own is
-    called with `steps=` and `threshold=` only.  Raises ValueError for an unknown name.
+    called with `steps=` and `threshold=` only.  A name in ACTIVATIONS builds that instead, for an ANN twin.
+    Raises ValueError for an unknown name.
     """
     if isinstance(neuron, str):
+        if neuron in ACTIVATIONS:
+            activation = ACTIVATIONS[neuron]
+            return lambda threshold=1.0: activation()
         if neuron not in NEURONS:
-            raise ValueError(f"unknown neuron {neuron!r}; {closest(neuron, NEURONS)}")
+            raise ValueError(f"unknown neuron {neuron!r}; {closest(neuron, (*NEURONS, *ACTIVATIONS))}")
         neuron = NEURONS[neuron]
     if neuron in (ILIF, IELIF, NILIF):
         if levels < 1:
@@ -35,6 +42,7 @@ def build_neuron(neuron: str | NeuronBuilder, *, levels: int = 4, steps: int = 1
 
 
 __all__ = [
+    "ACTIVATIONS",
     "IELIF",
     "ILIF",
     "LIF",
@@ -51,6 +59,7 @@ __all__ = [
     "TimeMean",
     "as_membrane",
     "build_neuron",
+    "choose",
     "closest",
     "i_lif",
     "ie_lif",

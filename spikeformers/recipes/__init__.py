@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Callable
 
-from spikeformers.recipes import meta_spikeformer, quick
+from spikeformers.recipes import meta_spikeformer, quick, spikformer
 from spikeformers.train.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": quick.digits,
     "cifar10_small": quick.cifar10_small,
+    "spikformer_cifar10_small": spikformer.cifar10_small,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,

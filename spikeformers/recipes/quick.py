@@ -11,6 +11,11 @@ from spikeformers.data.images import ImageData
 from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
 
 
+def cifar10_root() -> str:
+    """Folder of CIFAR-10 as parquet files: $SPIKEFORMERS_DATA/cifar10."""
+    return str(Path(os.environ.get("SPIKEFORMERS_DATA", "../shared/data")) / "cifar10")
+
+
 def digits() -> Recipe:
     """scikit-learn's 1,797 handwritten digits at 32 pixels: 0.38 M parameters, 99.7 % at the last epoch (seed 0).
 
@@ -39,7 +44,7 @@ def cifar10_small() -> Recipe:
         name="cifar10_small",
         data=ImageData(
             source="parquet",
-            root=str(Path(os.environ.get("SPIKEFORMERS_DATA", "../shared/data")) / "cifar10"),
+            root=cifar10_root(),
             size=32,
             train_limit=10_000,
             augment=Augment(flip=0.5),  # a crop as well wants more epochs than these

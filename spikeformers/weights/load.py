@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spikeformers.backbones import MetaSpikeFormer
+from spikeformers.backbones import MetaSpikeFormer, Spikformer
 from spikeformers.layers.pretrained import WEIGHTS
-from spikeformers.weights import meta_spikeformer
+from spikeformers.weights import meta_spikeformer, spikformer
 
-KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer}
+KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer, Spikformer: spikformer}
 WRAPPERS = ("module.", "model.", "backbone.")  # DistributedDataParallel, mmengine, mmseg and mmdet
 OTHER_NETWORKS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.")
 
@@ -77,8 +77,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport:
     """Load the authors' `state_dict` (classification, or with mmseg/mmdet prefixes) into `model`, in place.
 
-    Strict: every tensor of the network must be there, and every tensor of the file must be known. Only classifiers may
-    differ: a distillation head that the model lacks is dropped, heads that a segmentation or detection file lacks keep
+    Strict: every tensor of the network must be there, and every tensor of the file must be known. Tensors that the
+    authors' network builds and never uses are dropped. Only classifiers may differ: a distillation head that the model
+    lacks is dropped too, heads that a segmentation or detection file lacks keep
     their values, and the report says so.  Raises ValueError otherwise, and the model is then unchanged.
     """
     names = KEY_MAPS.get(type(model))
@@ -96,7 +97,8 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
         if name is not None:
             own[name] = names.own_tensor(bare, tensor)
         else:
-            (dropped if bare.startswith(OTHER_NETWORKS) else unknown).append(key)
+            foreign = bare.startswith(OTHER_NETWORKS) or names.UNUSED.fullmatch(bare)
+            (dropped if foreign else unknown).append(key)
     if unknown:
         raise ValueError(f"{len(unknown)} tensors in the file are not of {type(model).__name__}: {few(unknown)}")
     kept = [key for key in model.state_dict() if key not in own and _is_head(key)]

@@ -59,6 +59,7 @@ KEY = re.compile(
     rf"({'|'.join(map(re.escape, sorted(LAYERS, key=len, reverse=True)))})\."
     r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 )
+UNUSED = re.compile(r"(?!)")  # the authors' network uses all it builds
 
 
 def own_key(key: str) -> str | None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from spikeformers.attention import SDSA3
@@ -283,3 +284,21 @@ def test_the_membrane_stream_is_float32_under_bfloat16_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         maps = model.forward_features(torch.randn(2, 3, 32, 32))
     assert {tensor.dtype for tensor in maps} == {torch.float32}
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_layers_are_blocks_with_the_down_sampling_before_them_and_levels_if_coarse(stem):
+    model = tiny(blocks=(0, 2, 1, 2, 1), single_scale_stem=stem, distillation=True)
+    layers = group_parameters(model, model.group_matcher(coarse=False))
+    found = [sorted({".".join(name.split(".")[:2]) for name in names}) for names in layers.values()]
+    first = [["stage1.block0", "stage1.down"], ["stage1.block1"]]
+    if not stem:
+        first = [["stage1a.down"], ["stage1b.block0", "stage1b.down"], ["stage1b.block1"]]
+    rest = [["stage2.block0", "stage2.down"], ["stage3.block0", "stage3.down"], ["stage3.block1"]]
+    heads = ["head.bias", "head.weight", "head_kd.bias", "head_kd.weight"]
+    assert found == [*first, *rest, ["stage4.block0", "stage4.down"], heads]
+    coarse = group_parameters(model, model.group_matcher(coarse=True))
+    assert [{name.split(".")[0] for name in names} for names in coarse.values()] == [
+        *({name} for name in model.level_names),
+        {"head", "head_kd"},
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikeformers.attention import SDSA3
+from spikeformers.attention import SCALE, SDSA3
 from spikeformers.deploy import fuse, integer
 from spikeformers.deploy.counts import CountNeuron, quantize_weight
 from spikeformers.energy.firing import record
@@ -100,9 +100,8 @@ def test_attention_multiplies_whole_counts(small, images):
     model = small("ni_lif", levels=3)  # thirds are no float32 numbers
     engine = integer(model, images)
     for attention in (module for module in engine.modules() if isinstance(module, SDSA3)):
-        assert attention.scale == pytest.approx(SDSA3.scale / 27)
+        assert attention.scale == pytest.approx(SCALE / 27)
         assert all(getattr(attention, name).unit == 1.0 for name in "qkv")
-    assert SDSA3.scale == 0.125
     assert all(module.scale == 0.125 for module in model.modules() if isinstance(module, SDSA3))
 
 

@@ -1,6 +1,7 @@
 """How papers turn operations into energy: each way is a named object that can describe itself.
 
-Paper: Meta-SpikeFormer, App. B.2 and Table 6. Energies of one operation: 45 nm, 32-bit float (Horowitz, 2014).
+Paper: Meta-SpikeFormer, App. B.2 and Table 6; Spikformer V2, Table 2; Spikformer, ICLR 2023.
+Energies of one operation: 45 nm, 32-bit float (Horowitz, 2014).
 A further convention is a further entry of CONVENTIONS; a choice that none of them made yet is a further field.
 """
 
@@ -33,8 +34,11 @@ class Convention:
     `attention`: "table6" is (R_Q + R_K + R_V) x N D^2 additions for SDSA-3/4 and x N D for SDSA-1/2, whatever the
     number of heads; "products" is the matrix products as executed, each at the rate of its spikes.
     `first_layer`: what the layer that reads the image costs, if it is not fed by spikes: a key of FIRST_LAYER.
+    `classifier`: what the last layer costs, if it is linear and not fed by spikes (it reads an average of them): "mac",
+    or "ac" at rate 1.
     Everywhere: a layer fed by spikes is MACs x mean count of its input additions in every time step; a later layer fed
-    by real numbers is MACs; batch norms are folded, and neurons, biases, pooling and shortcuts are free.
+    by real numbers is MACs, and so is every layer of a network without neurons; an attention that forms its map (VSA
+    and its kin) is its products; batch norms are folded, and neurons, biases, pooling and shortcuts are free.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Convention:
     inner: Literal["mac", "ac"] = "mac"
     attention: Literal["table6", "products"] = "table6"
     first_layer: Literal["mac", "mac_once", "ac", "free"] = "mac"
+    classifier: Literal["mac", "ac"] = "mac"
     mac_pj: float = MAC_PJ
     ac_pj: float = AC_PJ
 
@@ -51,6 +56,7 @@ class Convention:
             ("inner", ("mac", "ac")),
             ("attention", ("table6", "products")),
             ("first_layer", tuple(FIRST_LAYER)),
+            ("classifier", ("mac", "ac")),
         ):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}, got {getattr(self, field)!r}")
@@ -73,16 +79,21 @@ class Convention:
             "  Layer fed by spikes: MACs x mean count x time steps additions; fed by real numbers: MACs x time steps.",
             f"  {self.mac_pj:g} pJ a multiply-accumulate, {self.ac_pj:g} pJ an addition; batch norms fold; rest free.",
         ]
+        if self.classifier == "ac":
+            lines.insert(-2, "  Classifier that reads an average of spikes: additions at rate 1.")
         return "\n".join(lines)
 
-    def charge(self, operations: Iterable[Operation]) -> list["Charge"]:
-        """What this convention counts of `operations`, given in order of execution."""
-        charges = []
+    def charge(self, operations: Iterable[Operation], *, spiking: bool = True) -> list["Charge"]:
+        """What this convention counts of `operations`, given in order of execution.
+
+        `spiking` False says that the network has no neuron: `first_layer` and `classifier` then except nothing.
+        """
+        operations, charges = list(operations), []
         for index, operation in enumerate(operations):
-            first = index == 0 and operation.rates is None
+            real = self._exception(operation, index, len(operations)) if spiking else "mac"
             whole = self.attention == "table6" if operation.kind == "attention" else operation.kind in self.merged
             if whole or not operation.parts:
-                charges.append(self._one(operation, counted=operation.dense_macs, first=first))
+                charges.append(self._one(operation, counted=operation.dense_macs, real=real))
                 continue
             for place, part in enumerate(operation.parts):
                 rates = operation.rates if self.inner == "ac" and part.rates is None else part.rates
@@ -90,17 +101,25 @@ class Convention:
                 part = Operation(
                     part.name, part.kind, part.macs, 0 if place else operation.dense_macs, rates, part.steps
                 )
-                charges.append(self._one(part, counted=part.macs, first=first and place == 0))
+                charges.append(self._one(part, counted=part.macs, real="mac" if place else real))
         return charges
 
-    def _one(self, operation: Operation, *, counted: float, first: bool) -> "Charge":
-        passes, sops = operation.steps, None
-        if first and self.first_layer != "mac":
-            passes = {"mac_once": 1, "ac": 0, "free": 0}[self.first_layer]
-            sops = counted * operation.steps if self.first_layer == "ac" else 0.0
-        elif operation.rates is not None:
+    def _exception(self, operation: Operation, index: int, count: int) -> str:
+        """What `operation`, the one at `index` of `count`, costs where real numbers feed it: a key of FIRST_LAYER."""
+        if operation.rates is not None:
+            return "mac"
+        if index == 0:
+            return self.first_layer
+        return self.classifier if index == count - 1 and operation.kind == "linear" else "mac"
+
+    def _one(self, operation: Operation, *, counted: float, real: str) -> "Charge":
+        passes, sops = operation.steps, 0.0
+        if operation.rates is not None:
             passes, sops = 0, counted * operation.steps * operation.rates
-        return Charge(operation, counted, counted * passes, 0.0 if sops is None else sops, self)
+        elif real != "mac":
+            passes = 1 if real == "mac_once" else 0
+            sops = counted * operation.steps if real == "ac" else 0.0
+        return Charge(operation, counted, counted * passes, sops, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +141,7 @@ class Charge:
     @property
     def ann_mj(self) -> float:
         """Millijoules if the counted MACs ran once, in real numbers."""
-        return 1e-9 * self.counted * self.convention.mac_pj
+        return 1e-9 * (self.counted * self.convention.mac_pj)
 
 
 CONVENTIONS = {
@@ -143,6 +162,23 @@ CONVENTIONS = {
             "like meta_spikeformer, but with factored kernels, every factor charged as additions",
             merged=(),
             inner="ac",
+        ),
+        Convention(
+            "spikformer_v2",
+            "Spikformer V2, Table 2: Power = 0.9 pJ x OPs for its V1 and V2 alike; additions only",
+            merged=(),
+            inner="ac",
+            attention="products",
+            first_layer="free",
+            classifier="ac",
+        ),
+        Convention(
+            "spikformer_v1",
+            "Spikformer, ICLR 2023: additions, and the first convolution as multiply-accumulates",
+            merged=(),
+            inner="ac",
+            attention="products",
+            classifier="ac",
         ),
     )
 }

@@ -19,11 +19,8 @@ def plain_name(name: str) -> str:
 
 
 def neurons_of(model: nn.Module) -> dict[str, Neuron]:
-    """The neurons of `model` by plain name. Raises ValueError if there are none."""
-    found = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, Neuron)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no spiking neuron: build it from modules of spikeformers.neurons")
-    return found
+    """The neurons of `model` by plain name; none of an ANN."""
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, Neuron)}
 
 
 @contextmanager
@@ -35,6 +32,9 @@ def record(model: nn.Module) -> Iterator[dict[str, UInt8[Tensor, " TB *shape"]]]
     Raises ValueError for a model without neurons, and RuntimeError at the end if none of them ran.
     """
     counts: dict[str, Tensor] = {}
+    neurons = neurons_of(model)
+    if not neurons:
+        raise ValueError(f"{type(model).__name__} has no spiking neuron: build it from modules of spikeformers.neurons")
 
     def keep(name: str):
         def hook(neuron: Neuron, _, spikes: Tensor) -> None:
@@ -42,7 +42,7 @@ def record(model: nn.Module) -> Iterator[dict[str, UInt8[Tensor, " TB *shape"]]]
 
         return hook
 
-    handles = [neuron.register_forward_hook(keep(name)) for name, neuron in neurons_of(model).items()]
+    handles = [neuron.register_forward_hook(keep(name)) for name, neuron in neurons.items()]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield counts

@@ -1,16 +1,19 @@
 """What a network computes: multiply-accumulates (MACs) of every layer by hooks on real tensors, and what feeds it.
 
-Paper: Meta-SpikeFormer, Eqs. 21-22 (MACs of convolution and linear layer), Table 6 and App. B (attention).
+Paper: Meta-SpikeFormer, Eqs. 21-22 (MACs of convolution and linear layer), Table 6 and App. B (attention); Spikformer
+V2, Table 1, whose "OPs" of products of real numbers are two to a MAC (everywhere else it counts one).
 A layer is fed by spikes if its input is a neuron's output, or is made of such outputs by moving, adding, multiplying or
-max-pooling them: then it is still whole numbers times one unit. Anything else, an average for example, is real numbers.
+max-pooling them, or by taking them from a number that they cannot exceed (IAND): then it is still counts, from 0 up,
+times one unit. Anything else, an average for example, is real numbers.
 The rate of a layer is the mean count of its input (for binary spikes the share of non-zeros that the paper names).
-Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear and SDSA-1..4. Batch norms fold into them; biases are free.
+Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear and the products of every attention of spikeformers.attention. Batch
+norms fold into layers; biases, softmax and scales are free.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spikeformers.attention import SDSA1, SDSA2, SSA
+from spikeformers.attention import SDSA1, SDSA2, SSA, VSA, IdentityMap
 from spikeformers.energy.firing import neurons_of, plain_name
 from spikeformers.layers import RepConv, SepConv
-from spikeformers.neurons import Neuron
+from spikeformers.neurons import Neuron, temporal_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +33,14 @@ class Operation:
     """One call of one layer in one forward pass of B images.
 
     `macs`: per image and time step, as executed.  `dense_macs`: the same after re-parameterisation (RepConv as one
-    dense 3x3, the depthwise 7x7 and the pointwise convolution of SepConv as one dense 7x7) and, for attention, as
+    dense 3x3, the depthwise 7x7 and the pointwise convolution of SepConv as one dense 7x7) and, for "attention", as
     Table 6 has it.  `rates` [B]: mean count of an input element in one step, None if the input is not spikes; for
-    attention the sum of the rates of Q, K, V.  `parts`: the operations as executed, of one that is composed.
+    attention the sum of the rates of Q, K, V, None unless all are spikes.  `parts`: the operations as executed, of one
+    that is composed.  "attention_map" is an attention that forms its N x N map; Table 6 has no rule for it.
     """
 
     name: str
-    kind: str  # "conv", "linear", "rep_conv", "sep_conv" or "attention"
+    kind: str  # "conv", "linear", "rep_conv", "sep_conv", "attention" or "attention_map"
     macs: float
     dense_macs: float
     rates: Tensor | None
@@ -48,7 +52,8 @@ class Operation:
 class Trace:
     """One forward pass: its operations in order of execution, and what its neurons fired.
 
-    `spikes` [B]: counts of all neurons and steps, per image.  `sites`: the largest value that number could have.
+    `spikes` [B]: counts of all neurons and steps, per image.  `sites`: the largest value that number could have, 0 for
+    an ANN.
     """
 
     operations: tuple[Operation, ...]
@@ -65,9 +70,9 @@ COMPOSED = {  # class -> kind, name of the composed operation inside the module,
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:
-    """Run `model(images)` once, without gradients, and count.
+    """Run `model(images)` once, without gradients, and count. A model without neurons is an ANN: it fires nothing.
 
-    Raises ValueError if the model has no neuron, or if none of its neurons ran.
+    Raises ValueError if the model has neither neurons nor a layer to count, or if it has neurons and none of them ran.
     """
     tracer = _Tracer(model)
     try:
@@ -79,8 +84,15 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     return tracer.result()
 
 
+class _Mark(NamedTuple):
+    """What is known of a tensor of spikes: each is worth `unit`, and an element holds 0 to `most` of them."""
+
+    unit: float
+    most: int
+
+
 class _SpikeMarks(TorchFunctionMode):
-    """Knows, while active, which tensors hold spikes: whole numbers of units."""
+    """Knows, while active, which tensors hold spikes: counts from 0 up of one unit."""
 
     MOVES: ClassVar[tuple[str, ...]] = (
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
@@ -92,47 +104,62 @@ class _SpikeMarks(TorchFunctionMode):
         super().__init__()
         self.known = WeakTensorKeyDictionary()
 
-    def put(self, tensor: Tensor, unit: float) -> None:
-        self.known[tensor] = (unit, tensor._version)
+    def put(self, tensor: Tensor, mark: _Mark) -> None:
+        self.known[tensor] = (mark, tensor._version)
 
-    def unit(self, tensor: object) -> float | None:
-        """What one spike of `tensor` is worth, None if it does not hold spikes (or was written to since)."""
-        unit, version = self.known.get(tensor, (None, 0)) if isinstance(tensor, Tensor) else (None, 0)
-        return unit if unit is not None and tensor._version == version else None
+    def of(self, tensor: object) -> _Mark | None:
+        """The mark of `tensor`, None if it does not hold spikes (or was written to since)."""
+        mark, version = self.known.get(tensor, (None, 0)) if isinstance(tensor, Tensor) else (None, 0)
+        return mark if mark is not None and tensor._version == version else None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        name = getattr(function, "__name__", "")
-        if name in ("cat", "concat", "stack") and args:
-            units = {self.unit(tensor) for tensor in args[0]}
-            unit = units.pop() if len(units) == 1 else None
-        else:
-            unit = self.unit(args[0]) if args else None
-        if unit is not None and name not in ("cat", "concat", "stack"):
-            if name in ("add", "__add__", "mul", "__mul__") and len(args) > 1 and not kwargs:
-                other = self.unit(args[1])
-                unit = (unit if other == unit else None) if "add" in name else (other and unit * other)
-            elif name not in self.MOVES:
-                unit = None
-        if unit is not None:
+        mark = self.after(getattr(function, "__name__", ""), args, kwargs or {})
+        if mark is not None:
             for tensor in result if isinstance(result, list | tuple) else (result,):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self.put(tensor, unit)
+                    self.put(tensor, mark)
         return result
+
+    def after(self, name: str, args: tuple, kwargs: dict) -> _Mark | None:
+        """The mark of what the function `name` makes of `args`."""
+        if not args:
+            return None
+        if name in ("cat", "concat", "stack"):
+            marks = [self.of(tensor) for tensor in args[0]]
+            alike = None not in marks and len({mark.unit for mark in marks}) == 1
+            return _Mark(marks[0].unit, max(mark.most for mark in marks)) if alike else None
+        mark = self.of(args[0])
+        if mark is None or name in self.MOVES:
+            return mark
+        if len(args) != 2 or kwargs:
+            return None
+        if name in ("rsub", "__rsub__"):  # number - spikes
+            return _taken_from(args[1], mark)
+        other = self.of(args[1])
+        if other is not None and name in ("mul", "__mul__"):
+            return _Mark(mark.unit * other.unit, mark.most * other.most)
+        if other is not None and name in ("add", "__add__") and mark.unit == other.unit:
+            return _Mark(mark.unit, mark.most + other.most)
+        return None
+
+
+def _taken_from(number: object, mark: _Mark) -> _Mark | None:
+    """The mark of `number` - spikes: counts again, if the number is one and no spikes exceed it (1 - binary spikes)."""
+    counts = number / mark.unit if isinstance(number, int | float) else math.nan
+    return _Mark(mark.unit, int(counts)) if counts % 1 == 0 and counts >= mark.most else None
 
 
 class _Tracer:
     """Hooks on one model. Until `result`, operations hold totals over the pass, and rates one value a row [T*B]."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.neurons = neurons_of(model)
+        self.model = model
         self.marks = _SpikeMarks()
         self.operations: list[Operation] = []
         self.layers: dict[str, nn.Module] = {}
-        self.fired: dict[str, Tensor] = {}  # mean count of each row
-        self.by_tensor = WeakTensorKeyDictionary()
-        self.operands: set[str] = set()  # names of the neurons whose output an attention hook will want
-        self.outputs: dict[str, Tensor] = {}
+        self.by_tensor = WeakTensorKeyDictionary()  # mean count of each row, of the neurons' outputs
+        self.operands: dict[str, Tensor] = {}  # what an attention will multiply, by name of the module that gave it
         self.totals: list[tuple[Neuron, Tensor, int]] = []
         self.opened: list[int] = []
         self.handles: list[RemovableHandle] = []
@@ -151,7 +178,8 @@ class _Tracer:
             self.handles.append(module.register_forward_pre_hook(lambda *_: self.opened.append(len(self.operations))))
             self.add(module, name, lambda *call: self.on_composed(*call, *composed[0]))
         elif isinstance(module, tuple(ATTENTION)):
-            self.operands |= {_inside(name, key) for key in module.operands}
+            for key in module.operands:
+                self.add(getattr(module, key), _inside(name, key), self.on_operand)
             self.add(module, name, self.on_attention)
 
     def add(self, module: nn.Module, name: str, listener: Callable) -> None:
@@ -162,11 +190,18 @@ class _Tracer:
             handle.remove()
 
     def on_neuron(self, name: str, neuron: Neuron, _, spikes: Tensor) -> None:
-        self.marks.put(spikes, neuron.unit)
-        self.fired[name] = self.by_tensor[spikes] = _row_means(spikes, neuron.unit)
-        if name in self.operands:
-            self.outputs[name] = spikes
-        self.totals.append((neuron, self.fired[name], spikes[:1].numel()))
+        self.marks.put(spikes, _Mark(neuron.unit, neuron.levels))
+        self.by_tensor[spikes] = means = _row_means(spikes, neuron.unit)
+        self.totals.append((neuron, means, spikes[:1].numel()))
+
+    def on_operand(self, name: str, _, __, output: Tensor) -> None:
+        self.operands[name] = output
+
+    def rates(self, x: Tensor) -> Tensor | None:
+        """Mean count of each row of `x`, None if it does not hold spikes."""
+        mark = self.marks.of(x)
+        known = None if mark is None else self.by_tensor.get(x)
+        return _row_means(x, mark.unit) if known is None and mark is not None else known
 
     def on_layer(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         (x,) = inputs[:1]
@@ -176,11 +211,7 @@ class _Tracer:
             kind, macs = "conv", x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
         else:
             kind, macs = "conv", output.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        unit = self.marks.unit(x)
-        rates = self.by_tensor.get(x) if unit is not None else None
-        if rates is None and unit is not None:
-            rates = _row_means(x, unit)
-        self.operations.append(Operation(name, kind, macs, macs, rates, steps=x.shape[0]))
+        self.operations.append(Operation(name, kind, macs, macs, self.rates(x), steps=x.shape[0]))
 
     def on_composed(self, name: str, module: nn.Module, _, output: Tensor, kind: str, own: str, members: tuple) -> None:
         """Replace the convolutions of a module by one operation that has them as parts."""
@@ -200,27 +231,35 @@ class _Tracer:
 
     def on_attention(self, name: str, module: nn.Module, _, __) -> None:
         """Insert the products of Q, K, V in front of the projection."""
-        operands = {key: self.outputs.pop(_inside(name, key)) for key in module.operands}
-        rates = {key: self.fired[_inside(name, key)] for key in module.operands}
-        count = next(function for kind, function in ATTENTION.items() if isinstance(module, kind))
+        operands = {key: self.operands.pop(_inside(name, key)) for key in module.operands}
+        rates = {key: self.rates(operand) for key, operand in operands.items()}
+        kind, count = next(found for kind, found in ATTENTION.items() if isinstance(module, kind))
         table6, products = count(module, operands, rates)
         rows = operands["q"].shape[0]
         parts = tuple(
             Operation(_inside(name, product), "attention", macs, macs, rate, rows) for product, macs, rate in products
         )
-        macs, total = sum(part.macs for part in parts), torch.stack(list(rates.values())).sum(0)
+        macs = sum(part.macs for part in parts)
+        total = None if None in rates.values() else torch.stack(list(rates.values())).sum(0)
         projections = [i for i, o in enumerate(self.operations) if o.name.startswith(_inside(name, "proj"))]
         place = projections[-1] if len(projections) == 1 else len(self.operations)
-        whole = Operation(_inside(name, "products"), "attention", macs, table6, total, rows, parts)
+        whole = Operation(_inside(name, "products"), kind, macs, table6, total, rows, parts)
         self.operations.insert(place, whole)
 
     def result(self) -> Trace:
         """Everything per image and time step."""
-        if not self.totals:
+        steps = max((module.steps for module in temporal_modules(self.model).values()), default=1)
+        if self.totals:
+            first, means, _ = self.totals[0]
+            images = len(means) // first.steps
+        elif neurons_of(self.model):
             raise ValueError("no neuron of the model ran in its forward pass: there is no spike to count")
-        first, rows, _ = self.totals[0]
-        images, steps = rows.shape[0] // first.steps, max(neuron.steps for neuron in self.neurons.values())
-        spikes, sites = 0, 0
+        elif not self.operations:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} has nothing to count: no spiking neuron, convolution, linear layer or attention")
+        else:
+            images = self.operations[0].steps // steps  # an ANN: rows of the layer that reads the image
+        spikes, sites = torch.zeros(images, dtype=torch.float64), 0
         for neuron, mean, elements in self.totals:
             spikes = spikes + _per_image(mean, images) * (elements * len(mean) / images)
             sites += elements * neuron.levels * len(mean) // images
@@ -261,36 +300,62 @@ def _settled(operation: Operation, *, steps: int, images: int) -> Operation:
     )
 
 
-Products = tuple[int, list[tuple[str, int, Tensor]]]
+Rates = dict[str, Tensor | None]
+"""Mean count of each row of every operand, None for one of real numbers."""
+
+Products = tuple[int, list[tuple[str, int, Tensor | None]]]
 """MACs after Table 6, and (name, MACs, rate of each row) of every product as executed."""
 
 
-def _sdsa1(module: SDSA1, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -> Products:
+def _sparser(*rates: Tensor | None) -> Tensor | None:
+    """Rate of a product: its sparser side says what is added; None, so multiplied, if neither side is spikes."""
+    known = [rate for rate in rates if rate is not None]
+    return torch.stack(known).amin(0) if known else None
+
+
+def _sdsa1(module: SDSA1, operands: dict[str, Tensor], rates: Rates) -> Products:
     """A mask (free) and a sum over tokens of K * V: N C additions where both fire."""
-    elements = spikes["q"].numel()
-    both = _row_means(spikes["k"] * spikes["v"], module.k.unit * module.v.unit)
+    elements, both = operands["q"].numel(), _sparser(rates["k"], rates["v"])
+    if rates["k"] is not None and rates["v"] is not None:
+        both = _row_means(operands["k"] * operands["v"], module.k.unit * module.v.unit)
     return elements, [("sum_kv", elements, both)]
 
 
-def _sdsa2(module: SDSA2, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -> Products:
+def _sdsa2(module: SDSA2, operands: dict[str, Tensor], rates: Rates) -> Products:
     """A sum of Q over tokens and a mask (free)."""
-    elements = spikes["q"].numel()
+    elements = operands["q"].numel()
     return elements, [("sum_q", elements, rates["q"])]
 
 
-def _ssa(module: SSA, spikes: dict[str, Tensor], rates: dict[str, Tensor]) -> Products:
+def _ssa(module: SSA, operands: dict[str, Tensor], rates: Rates) -> Products:
     """Two matrix products per head, in the cheaper order as `spike_attention` picks it.
 
     In the first both sides are spikes and the sparser one says what is added; in the second the remaining spikes do.
     """
-    rows, channels, *pixels = spikes["q"].shape
+    rows, channels, *pixels = operands["q"].shape
     tokens, width = math.prod(pixels), channels // module.heads
     if tokens > width:
         macs, names, pair, last = rows * tokens * channels * width, ("k^T v", "q (k^T v)"), ("k", "v"), "q"
     else:
         macs, names, pair, last = rows * tokens * tokens * channels, ("q k^T", "(q k^T) v"), ("q", "k"), "v"
-    sparser = torch.minimum(rates[pair[0]], rates[pair[1]])
+    sparser = _sparser(rates[pair[0]], rates[pair[1]])
     return rows * tokens * channels**2, [(names[0], macs, sparser), (names[1], macs, rates[last])]
 
 
-ATTENTION = {SDSA1: _sdsa1, SDSA2: _sdsa2, SSA: _ssa}  # SDSA-3 and 4 are SSA with other projections
+def _mapped(module: IdentityMap | VSA, operands: dict[str, Tensor], rates: Rates) -> Products:
+    """The map of N x N real numbers per head, always first, and its product with V.
+
+    Multiplied where both sides are real numbers, added where V is spikes.
+    """
+    rows, channels, *pixels = operands["q"].shape
+    macs = rows * math.prod(pixels) ** 2 * channels
+    return 2 * macs, [("q k^T", macs, _sparser(rates["q"], rates["k"])), ("map v", macs, rates["v"])]
+
+
+ATTENTION = {  # class -> kind of the operation, function that counts; subclasses differ in what the operands are
+    SDSA1: ("attention", _sdsa1),
+    SDSA2: ("attention", _sdsa2),
+    SSA: ("attention", _ssa),  # SDSA-3 and 4 are SSA with other projections
+    IdentityMap: ("attention_map", _mapped),
+    VSA: ("attention_map", _mapped),
+}

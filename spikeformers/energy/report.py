@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from spikeformers.energy import conventions
 from spikeformers.energy.conventions import Charge, Convention
-from spikeformers.energy.firing import neurons_of
 from spikeformers.energy.ops import Trace, trace
 
 
@@ -44,7 +43,7 @@ class EnergyReport:
     """Energy of a network per image under one convention; see `measure`.
 
     `image_mj`: millijoules of every image, in the order given.  `ann_mj`: the same network counted as an ANN.
-    `firing_rate`: mean of count / levels over all elements of all neurons and steps, 0..1.
+    `firing_rate`: mean of count / levels over all elements of all neurons and steps, 0..1; 0 for an ANN.
     `spikes_per_image`: counts of all neurons and steps, mean over images.
     """
 
@@ -176,12 +175,13 @@ def measure(
 
     images: one batch [B, C, H, W] or [T, B, C, H, W], or a loader of batches, or of tuples that start with a batch.
     The ANN beside it is the same network under the same convention: its counted MACs run once (T=1), each 4.6 pJ.
-    The model runs in eval mode without gradients and comes back as it was; it needs neurons of spikeformers.neurons,
-    but may otherwise be any torch model.  A model without a door (see neurons.Door) takes [T*B, ...], time-major.
-    Raises ValueError for an unknown convention, no images, images that are not finite, or a model without neurons.
+    The model runs in eval mode without gradients and comes back as it was.  It may be any torch model, of which the
+    layers and attentions that `energy/ops.py` lists are counted; only neurons of spikeformers.neurons spike.  One
+    without neurons is an ANN (an ANN twin, say): every layer is multiply-accumulates, whatever the convention excepts.
+    A model without a door (see neurons.Door) takes [T*B, ...], time-major.
+    Raises ValueError for an unknown convention, no images, images that are not finite, or nothing to count.
     """
     rules = conventions.get(convention)
-    neurons_of(model)
     tally = _Tally(rules)
     with _evaluating(model):
         for batch in _batches(images):
@@ -234,7 +234,7 @@ class _Tally:
     def add(self, found: Trace) -> None:
         """Take in one forward pass."""
         energy = torch.zeros(found.images, dtype=torch.float64)
-        for charge in self.rules.charge(found.operations):
+        for charge in self.rules.charge(found.operations, spiking=found.sites > 0):
             energy += torch.as_tensor(charge.mj, dtype=torch.float64, device="cpu")
             self.charges.setdefault(charge.operation.name, []).append((charge, found.images))
         self.image_mj += energy.tolist()
@@ -253,7 +253,7 @@ class _Tally:
             steps=self.steps,
             image_mj=tuple(self.image_mj),
             ann_mj=math.fsum(layer.ann_mj for layer in layers),
-            firing_rate=self.spikes / self.sites,
+            firing_rate=self.spikes / self.sites if self.sites else 0.0,  # an ANN has no site
             spikes_per_image=self.spikes / images,
         )
 

@@ -183,6 +183,13 @@ class Layers(nn.Module):
         (lambda a, b: a * b, 2),
         (lambda a, b: torch.cat((a, b), 1)[:, ::2], 1),
         (lambda a, b: F.max_pool2d(a, 2), 1),
+        (lambda a, b: 1 - a, 1),
+        (lambda a, b: (1 - a) * b, 2),
+        (lambda a, b: 2.0 - (a + b), 1),
+        (lambda a, b: 1 - (a + b), None),
+        (lambda a, b: 1.1 - a, None),
+        (lambda a, b: float("inf") - a, None),
+        (lambda a, b: a - 1, None),
         (lambda a, b: F.avg_pool2d(a, 2), None),
         (lambda a, b: a - b, None),
         (lambda a, b: a * 0.5 + b, None),
@@ -198,6 +205,13 @@ def test_sums_products_and_moves_of_spikes_are_spikes_and_nothing_else_is(connec
     assert (rates is None) == (units is None)
     if units is not None:
         torch.testing.assert_close(rates, (seen[0].double() / model.a.unit**units).flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(("number", "fed_by_spikes"), [(4, True), (5, True), (3, False), (4.5, False)])
+def test_what_is_left_of_a_number_is_spikes_if_no_count_exceeds_it(number, fed_by_spikes):
+    model = Layers(lambda a, b: number - a, ILIF)
+    rates = only(model, torch.rand(3, 2, 4, 4) * 6)["conv"].rates
+    assert (rates is not None) == fed_by_spikes
 
 
 def test_transposed_and_grouped_convolutions_and_linear_layers_by_hand():

@@ -247,7 +247,7 @@ def test_the_model_comes_back_as_it_was():
         ({"images": torch.zeros(0, 1, 2, 2)}, "without images"),
         ({"images": []}, "no images"),
         ({"images": ["cat.png"]}, "got str"),
-        ({"model": nn.Conv2d(1, 1, 1)}, "no spiking neuron"),
+        ({"model": nn.AvgPool2d(2)}, "AvgPool2d has nothing to count"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
@@ -259,6 +259,8 @@ def test_mistakes_are_named(arguments, message):
 def test_a_choice_that_no_convention_knows_is_refused():
     with pytest.raises(ValueError, match="first_layer must be one of mac, mac_once, ac, free, got 'macs'"):
         Convention("mine", "a test", first_layer="macs")
+    with pytest.raises(ValueError, match="classifier must be one of mac, ac, got 'free'"):
+        Convention("mine", "a test", classifier="free")
 
 
 def test_a_merged_network_costs_what_its_training_form_was_said_to_cost(small):

@@ -250,7 +250,8 @@ class Spikformer(Pretrained):
             small += [module for module in self.blocks.modules() if isinstance(module, nn.Conv2d)]
         for layer in small:
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:  # a token mixer of the user's own may have none
+                nn.init.zeros_(layer.bias)
 
     @property
     def steps(self) -> int:

@@ -17,12 +17,13 @@ from spikeformers.cli.energy import measure
 from spikeformers.cli.evaluation import evaluate, predict, report
 from spikeformers.cli.listing import list_names
 from spikeformers.cli.parsers import build_parser
-from spikeformers.cli.training import train
+from spikeformers.cli.training import pretrain, train
 from spikeformers.cli.weights import import_weights
 
 COMMANDS = {
     "list": list_names,
     "train": train,
+    "pretrain": pretrain,
     "eval": evaluate,
     "predict": predict,
     "energy": measure,

@@ -32,6 +32,7 @@ def list_names(arguments: Namespace) -> None:
 
 
 def first_line(documented: object) -> str:
+    documented = getattr(documented, "func", documented)  # a partial's own words are functools'
     return (documented.__doc__ or "").strip().split("\n")[0]
 
 

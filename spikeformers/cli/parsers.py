@@ -19,7 +19,7 @@ def build_parser() -> tuple[ArgumentParser, ArgumentParser]:
     )
     top.prog = "spikeformers"
     commands = top.add_subcommands(required=False, metavar="COMMAND", dest="command", title="commands")
-    for add in (add_list, add_train, add_eval, add_predict, add_energy, add_report):
+    for add in (add_list, add_train, add_pretrain, add_eval, add_predict, add_energy, add_report):
         add(commands)
     weights = new_parser("Weights that others trained.", "spikeformers weights import --help")
     add_command(commands, "weights", weights, "weights that others trained")
@@ -72,6 +72,26 @@ def add_train(commands: "ActionSubCommands") -> None:
     )
     add_setting(parser, "change fields of the recipe; several at once, or --set again")
     parser.add_argument("--seeds", default="", metavar="0,1,2", help="one run for each seed, then mean and deviation")
+    add_run(parser)
+    add_command(commands, "train", parser, "train a recipe and report on it")
+
+
+def add_pretrain(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Pre-train an encoder on images without labels: it learns to draw hidden patches. Finetune it by a training "
+        "recipe of the same network.",
+        "spikeformers pretrain spikformer_v2_cifar10_mae --out runs/mae",
+        "spikeformers pretrain spikformer_v2_cifar10_mae --set pretrain.mask_ratio=0.6 epochs=40 --out runs/mae60",
+        "spikeformers train spikformer_v2_cifar10_finetune --set init.backbone=runs/mae",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a pre-training recipe; `spikeformers list '*mae*'`")
+    add_setting(parser, "change fields of the recipe; several at once, or --set again")
+    add_run(parser)
+    add_command(commands, "pretrain", parser, "learn from images without labels")
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """What starting and resuming a run takes."""
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -81,7 +101,6 @@ def add_train(commands: "ActionSubCommands") -> None:
         "--out", default="", metavar="DIR", help="run folder (default: runs/RECIPE, runs/RECIPE-2, ...)"
     )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: the recipe's)")
-    add_command(commands, "train", parser, "train a recipe and report on it")
 
 
 def add_eval(commands: "ActionSubCommands") -> None:

@@ -1,4 +1,4 @@
-"""`train`: one run or one for each seed, resumed or new, in one process or several."""
+"""`train` and `pretrain`: one run or one for each seed, resumed or new, in one process or several."""
 
 import contextlib
 import os
@@ -16,14 +16,36 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Namespace) -> None:
-    """Train a recipe, once or for each seed, write the reports and print the results."""
+    """Train a classifier by a recipe, once or for each seed, write the reports and print the results."""
+    from spikeformers import recipes
+
+    if recipes.get(arguments.recipe).pretrain.mask_ratio:
+        raise ValueError(f"{arguments.recipe} pre-trains without labels: spikeformers pretrain {arguments.recipe}")
+    run_recipe(arguments, command="train", seeds=read_seeds(arguments.seeds))
+
+
+def pretrain(arguments: Namespace) -> None:
+    """Pre-train an encoder by a recipe, write the report with its pictures, and say how to finetune it."""
+    from spikeformers import recipes
+
+    if not recipes.get(arguments.recipe).pretrain.mask_ratio:
+        known = ", ".join(name for name in recipes.RECIPES if recipes.get(name).pretrain.mask_ratio)
+        raise ValueError(
+            f"{arguments.recipe} trains with labels: spikeformers train {arguments.recipe}; to pre-train: {known}"
+        )
+    run = run_recipe(arguments, command="pretrain", seeds=[])
+    if is_main_process():
+        print(f"finetune it: spikeformers train RECIPE --set init.backbone={run}, with a recipe of the same network")
+
+
+def run_recipe(arguments: Namespace, *, command: str, seeds: list[int]) -> Path:
+    """Do what the recipe says, once or for each seed, report and print; returns the run folder."""
     from spikeformers import recipes
     from spikeformers.train.loop import train as run_training
     from spikeformers.train.report import write_report
     from spikeformers.train.results import print_results, print_spread
     from spikeformers.train.seeds import train_seeds
 
-    seeds = read_seeds(arguments.seeds)
     run = run_folder(recipes.get(arguments.recipe).name, arguments)
     if arguments.resume and not seeds and any(run.glob("seed-*")):
         raise ValueError(f"{run} holds a run for each of several seeds: name them again with --seeds")
@@ -39,7 +61,7 @@ def train(arguments: Namespace) -> None:
         if not holds_something(run):
             raise
         where = f"{stop}; " if str(stop) else ""
-        raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run)}") from None
+        raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run, command=command)}") from None
     finally:
         if not (arguments.out or holds_something(run)):  # nothing came of it: give the claimed name back
             for folder in (run, RUNS):
@@ -49,6 +71,7 @@ def train(arguments: Namespace) -> None:
         print_results(summary, write_report(folder))
     if len(seeds) > 1 and is_main_process():
         print_spread(seeds, list(results.values()))
+    return run
 
 
 def read_seeds(text: str) -> list[int]:
@@ -61,10 +84,10 @@ def read_seeds(text: str) -> list[int]:
     return [int(seed) for seed in seeds]
 
 
-def resume_command(arguments: Namespace, run: Path) -> str:
+def resume_command(arguments: Namespace, run: Path, *, command: str) -> str:
     """What to type to go on with an interrupted run."""
-    words = ["spikeformers", "train", arguments.recipe, "--resume", "--out", str(run)]
-    words += ["--seeds", arguments.seeds] if arguments.seeds else []
+    words = ["spikeformers", command, arguments.recipe, "--resume", "--out", str(run)]
+    words += ["--seeds", arguments.seeds] if arguments.get("seeds") else []
     words += ["--threads", str(arguments.threads)] if arguments.threads is not None else []
     words += ["--set", *arguments.set] if arguments.set else []
     return shlex.join(words)

@@ -226,7 +226,7 @@ def _swap_neurons(
 
 
 def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> None:
-    """Let SSA (and SDSA-3, 4) multiply whole counts and put their units into the scale, so the order of sums is free."""
+    """Let SSA (and SDSA-3, 4) multiply whole counts and put their units into the scale: sums are then exact."""
     for name, attention in modules.items():
         if not isinstance(attention, SSA):
             continue

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 
 from spikeformers.recipes import meta_spikeformer, quick, spikformer
 from spikeformers.train.recipe import Recipe
@@ -10,6 +11,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": quick.digits,
     "cifar10_small": quick.cifar10_small,
     "spikformer_cifar10_small": spikformer.cifar10_small,
+    "spikformer_v2_cifar10_mae": spikformer.v2_cifar10_mae,
+    "spikformer_v2_cifar10_finetune": spikformer.v2_cifar10_finetune,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,
@@ -20,6 +23,19 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "meta_spikeformer_31m_imagenet_t4_distilled": meta_spikeformer.imagenet_31m_t4_distilled,
     "meta_spikeformer_55m_imagenet_t4_distilled": meta_spikeformer.imagenet_55m_t4_distilled,
 }
+for _size in ("8_384", "6_512", "8_512", "10_512", "8_768"):
+    RECIPES[f"spikformer_{_size}_imagenet"] = partial(spikformer.v1_imagenet, _size)
+for _size in ("4_256", "2_384", "4_384"):
+    RECIPES[f"spikformer_{_size}_cifar10"] = partial(spikformer.cifar, _size, 10)
+    RECIPES[f"spikformer_{_size}_cifar100"] = partial(spikformer.cifar, _size, 100)
+for _size in ("8_384", "8_512", "12_512", "12_768", "16_768"):
+    RECIPES[f"spikformer_v2_{_size}_imagenet"] = partial(spikformer.v2_imagenet, _size)
+    RECIPES[f"spikformer_v2_{_size}_imagenet_t4"] = partial(spikformer.v2_imagenet_t4, _size)
+# spikformer_8_512 is the paper's negative control: max-pooling stems gain nothing from pre-training.
+for _name in ("spikformer_v2_12_512", "spikformer_v2_12_768", "spikformer_v2_16_768", "spikformer_8_512"):
+    RECIPES[f"{_name}_imagenet_mae"] = partial(spikformer.imagenet_mae, _name)
+    RECIPES[f"{_name}_imagenet_mae_finetune"] = partial(spikformer.imagenet_finetune, _name)
+    RECIPES[f"{_name}_imagenet_mae_finetune_t4"] = partial(spikformer.imagenet_finetune_t4, _name)
 
 
 def get(name: str) -> Recipe:

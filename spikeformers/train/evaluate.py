@@ -29,6 +29,15 @@ class Evaluation:
     confusion: list[list[int]]
     predictions: list[int]
 
+    @property
+    def score(self) -> float:
+        """What the best epoch has most of."""
+        return self.accuracy
+
+    def metrics(self) -> dict[str, float]:
+        """What the log of an epoch keeps."""
+        return {"test_loss": self.loss, "test_accuracy": self.accuracy}
+
 
 def batches_of(split: Dataset, *, batch_size: int, images: int = 0, workers: int = 0) -> DataLoader:
     """Batches of `split` in order; of `images` evenly spaced samples only, if that is above 0."""
@@ -53,7 +62,7 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
         loader = batches_of(loader, batch_size=_BATCH)
     first = next(model.parameters())
     matrix, losses, predictions = None, [], []
-    with _evaluating(model):
+    with evaluating(model):
         for number, (images, labels) in enumerate(loader):
             images, labels = images.to(first.device, first.dtype), labels.to(first.device)
             # Spikes hide what is not finite. As logits it reaches all processes, so that all stop and none waits.
@@ -83,14 +92,16 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
 
 @torch.no_grad()
 def firing_rates(model: nn.Module, loader: Iterable) -> tuple[dict[str, float], float]:
-    """Counts over levels, 0..1: the mean of each neuron by name, and of all elements together.
+    """Counts over levels, 0..1: the mean of each neuron by name, and of all elements together; nothing for an ANN.
 
     `loader`: batches (images [B,C,H,W], labels [B]); at least one.
     """
     first = next(model.parameters())
     levels = {name: module.levels for name, module in model.named_modules() if isinstance(module, Neuron)}
+    if not levels:
+        return {}, 0.0
     spikes, elements = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
-    with _evaluating(model), energy.record(model) as counts:
+    with evaluating(model), energy.record(model) as counts:
         for images, _ in loader:
             model(images.to(first.device, first.dtype))
             for name, value in counts.items():  # whole numbers: exact, and float64 is not everywhere (MPS)
@@ -125,7 +136,9 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
             batch_size=recipe.batch_size,
             images=recipe.testing.integer_images,
             predictions=predictions,
-        ),
+        )
+        if rates
+        else None,  # an ANN has no counts to run on
     }
 
 
@@ -160,7 +173,7 @@ def integer_agreement(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block, the mode as before after it."""
     mode = model.training
     model.eval()

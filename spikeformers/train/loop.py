@@ -23,15 +23,15 @@ from spikeformers.data.augment import seed_of
 from spikeformers.data.images import load_split
 from spikeformers.data.sampler import ResumableSampler
 from spikeformers.train import checkpoint
-from spikeformers.train.evaluate import Evaluation, batches_of, evaluate, firing_rates
+from spikeformers.train.evaluate import batches_of, firing_rates
 from spikeformers.train.interrupt import StopRequest
 from spikeformers.train.logs import Logs
 from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
 from spikeformers.train.parallel import sync_bn
 from spikeformers.train.progress import Display
 from spikeformers.train.recipe import Recipe, differences, from_json, to_json
-from spikeformers.train.summary import Summary, finish, read_summary
-from spikeformers.train.tasks import build_task
+from spikeformers.train.summary import PretrainSummary, Summary, read_summary
+from spikeformers.train.tasks import Result, build_task
 from spikeformers.weights import load_backbone
 from spikeformers.zoo import create_model
 
@@ -40,7 +40,9 @@ _FIRING_IMAGES = 32  # of the test split, for the firing rate after each epoch
 _FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.", "data.root")  # on resuming: none touches the weights
 
 
-def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None) -> Summary:
+def train(
+    recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None
+) -> Summary | PretrainSummary:
     """Train, test and save a network as `recipe` says, into the folder `run`.
 
     docs/guides/train_your_own.md lists the files in `run`.
@@ -132,9 +134,10 @@ class _Work:
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
         self.checkpoints = run / "checkpoints"
         self.epoch = self.step = self.log_bytes = 0
-        self.loss_sum = self.seconds = self.epoch_seconds = self.best_accuracy = 0.0
-        self.best = ""  # name of the checkpoint with `best_accuracy`
-        self.last: Evaluation | None = None
+        self.loss_sum = self.seconds = self.epoch_seconds = 0.0
+        self.best_score: float | None = None
+        self.best = ""  # name of the checkpoint with `best_score`
+        self.last: Result | None = None
         self.notes: list[str] = []
         self._build_data()
         self._build_network(fresh=fresh)
@@ -184,9 +187,10 @@ class _Work:
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         sizes = {"num_classes": len(self.classes), "in_channels": self.in_channels}
         self.task = build_task(recipe, **sizes, device=device)
-        self.plain = build_model(recipe, **sizes)
+        network = build_model(recipe, **sizes)
         if recipe.init.backbone and fresh:
-            self.notes.append(f"init.backbone: {load_backbone(self.plain, recipe.init.backbone)}")
+            self.notes.append(f"init.backbone: {load_backbone(network, recipe.init.backbone)}")
+        self.plain = self.task.wrap(network)
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.sync_bn:
             sync_bn(self.plain)
@@ -329,8 +333,8 @@ class _Work:
         self.last, better = None, False
         if number % recipe.testing.every == 0 or number == recipe.epochs:
             self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
-            values |= {"test_loss": self.last.loss, "test_accuracy": self.last.accuracy}
-            better = self.last.accuracy >= self.best_accuracy
+            values |= self.last.metrics()
+            better = self.best_score is None or self.last.score >= self.best_score
             sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))
             values["firing_rate"] = firing_rates(self.tested, [sample])[1]
         seconds = training + time.perf_counter() - began
@@ -346,42 +350,46 @@ class _Work:
         self.seconds += seconds
         self.epoch, self.step, self.loss_sum, self.epoch_seconds = number, 0, 0.0, 0.0
         if better:
-            self.best_accuracy, self.best = self.last.accuracy, checkpoint.name_of(self.epoch, 0)
+            self.best_score, self.best = self.last.score, checkpoint.name_of(self.epoch, 0)
         self.save(logs)
 
-    def _test(self, *, images: int) -> Evaluation:
+    def _test(self, *, images: int) -> Result:
         recipe = self.recipe
         if self.accelerator.num_processes > 1:
             for buffer in self.tested.buffers():  # running statistics: those of process 0 are saved, so test those
                 torch.distributed.broadcast(buffer, 0)
         loader = batches_of(self.test_split, batch_size=recipe.batch_size, images=images, workers=recipe.workers)
         if self.accelerator.num_processes == 1:
-            return evaluate(self.tested, loader)
-        return evaluate(self.tested, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
+            return self.task.test(self.tested, loader)
+        return self.task.test(self.tested, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
 
-    def finish(self) -> Summary:
+    def finish(self) -> Summary | PretrainSummary:
         """Save the network and sum up, in the main process; the others wait and read."""
         last = self.last or self._test(images=0)
         if self.accelerator.is_main_process:
-            finish(
+            self.task.finish(
                 self.tested,
                 self.recipe,
                 self.run,
                 split=self.test_split,
-                evaluation=last,
-                best_accuracy=max(self.best_accuracy, last.accuracy),
+                result=last,
+                best=last.score if self.best_score is None else max(self.best_score, last.score),
                 seconds=self.seconds,
             )
         self.accelerator.wait_for_everyone()
         return read_summary(self.run)
 
 
-_STATE = ("epoch", "step", "log_bytes", "loss_sum", "seconds", "epoch_seconds", "best_accuracy", "best")
+_STATE = ("epoch", "step", "log_bytes", "loss_sum", "seconds", "epoch_seconds", "best_score", "best")
 
 
 def _line(values: dict, epochs: int) -> str:
     """An epoch's record as a line for people."""
     parts = [f"epoch {values['epoch'] + 1}/{epochs}", f"loss {values['train_loss']:.4f}"]
     if "test_accuracy" in values:
-        parts += [f"test accuracy {values['test_accuracy']:.2%}", f"firing rate {values['firing_rate']:.1%}"]
+        parts.append(f"test accuracy {values['test_accuracy']:.2%}")
+    elif "test_loss" in values:
+        parts.append(f"test loss {values['test_loss']:.4f}")
+    if "firing_rate" in values:
+        parts.append(f"firing rate {values['firing_rate']:.1%}")
     return "  ".join([*parts, f"{values['images_per_second']:.0f} images/s", f"{values['seconds']:.0f} s"])

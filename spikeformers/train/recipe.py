@@ -69,6 +69,17 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Pretrain:
+    """Masked pre-training, without labels or classifier. A ratio of 0: no pre-training but classification."""
+
+    mask_ratio: float = 0.0  # share of patches hidden from the encoder
+    decoder_dim: int = 256  # of the ANN that draws them, which is dropped afterwards
+    decoder_depth: int = 4
+    decoder_heads: int = 4
+    normalise_target: bool = True  # each patch by its own mean and deviation; else pixels as they are
+
+
+@dataclass(frozen=True)
 class Saving:
     """Checkpoints: one after each epoch, and every `every_steps` optimiser steps within an epoch (0: none)."""
 
@@ -96,6 +107,7 @@ class Recipe:
     optim: Optim = Optim()
     init: Init = Init()
     distill: Distill = Distill()
+    pretrain: Pretrain = Pretrain()
     saving: Saving = Saving()
     testing: Testing = Testing()
     epochs: int = 10
@@ -120,6 +132,8 @@ class Recipe:
         for path, value in (("ema_decay", self.ema_decay), ("label_smoothing", self.label_smoothing)):
             if not 0 <= value < 1:
                 raise ValueError(f"{path} must be at least 0 and below 1, got {value}")
+        if not 0 <= self.pretrain.mask_ratio < 1:
+            raise ValueError(f"pretrain.mask_ratio must be at least 0 and below 1, got {self.pretrain.mask_ratio}")
         if not 0 < self.optim.layer_decay <= 1:
             raise ValueError(
                 f"optim.layer_decay must be above 0 and at most 1 (no decay), got {self.optim.layer_decay}"
@@ -150,6 +164,9 @@ _LEAST = {
     "optim.cooldown_epochs": 0,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
+    "pretrain.decoder_dim": 1,
+    "pretrain.decoder_depth": 0,
+    "pretrain.decoder_heads": 1,
     "saving.every_steps": 0,
     "saving.keep": 0,
     "testing.every": 1,

@@ -22,8 +22,10 @@ from spikeformers.data.augment import to_pil
 from spikeformers.data.images import load_split
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.logs import read_log
+from spikeformers.train.pretraining import PICTURES
 from spikeformers.train.recipe import from_json
 from spikeformers.train.results import duration, reached, short
+from spikeformers.train.summary import pretrains
 
 CHART_WIDTH, CHART_HEIGHT = 440, 250  # units of the drawing, about the pixels of a phone, so that text stays readable
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 12, 12, 32
@@ -60,7 +62,9 @@ def write_report(run: Path) -> Path:
         stages=stage_bars(summary),
         convention=(summary or {}).get("energy_convention", ""),
         agreement=(summary or {}).get("integer_agreement"),
-        reached=reached(summary["integer_agreement"]) if summary else "",
+        reached=reached(summary["integer_agreement"]) if (summary or {}).get("integer_agreement") else "",
+        reconstructions=reconstructions(run),
+        normalised=recipe.get("pretrain", {}).get("normalise_target", False),
         recipe=sorted_recipe(recipe),
         facts=facts(summary),
     )
@@ -85,9 +89,25 @@ def progress_line(recipe: dict, epochs: Sequence[dict], summary: dict | None) ->
 
 def headline(summary: dict) -> list[dict]:
     """The tiles at the top: label, value and a small line below each."""
+    rows = pretraining_tiles(summary) if pretrains(summary["recipe"]) else training_tiles(summary)
+    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+
+
+def pretraining_tiles(summary: dict) -> list[tuple[str, str, str]]:
+    """Rows of the tiles of a masked pre-training."""
+    return [
+        ("Loss of hidden patches", f"{summary['loss']:.4f}", f"last epoch; best {summary['best_loss']:.4f}"),
+        ("Visible patches", f"{summary['visible']} of {summary['patches']}", "of each image, drawn anew each time"),
+        ("Firing rate", f"{100 * summary['firing_rate']:.1f} %", "of the largest count, visible patches only"),
+        ("Parameters", short(summary["parameters"]), f"and {short(summary['decoder_parameters'])} of the decoder"),
+    ]
+
+
+def training_tiles(summary: dict) -> list[tuple[str, str, str]]:
+    """Rows of the tiles of a classifier."""
     mj, ann, found = summary["energy_mj"], summary["ann_energy_mj"], summary["integer_agreement"]
     ratio = f": {ann / mj:.1f}x" if mj else ""  # a network that never fires may cost nothing
-    rows = (
+    rows = [
         (
             "Test accuracy",
             f"{100 * summary['accuracy']:.2f} %",
@@ -97,13 +117,11 @@ def headline(summary: dict) -> list[dict]:
         ("Spikes per image", short(summary["spikes_per_image"]), "integer counts summed"),
         ("Energy per image", f"{short(mj)} mJ", f"{short(ann)} mJ as an ANN{ratio}"),
         ("Parameters", short(summary["parameters"]), f"{short(summary['size_mb'])} MB on disk"),
-        (
-            "Integer engine",
-            f"{found['same']:,} of {found['total']:,}",
-            "test predictions equal" if found["same"] == found["total"] else "see below which differ",
-        ),
-    )
-    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+    ]
+    if found is not None:
+        equal = "test predictions equal" if found["same"] == found["total"] else "see below which differ"
+        rows.append(("Integer engine", f"{found['same']:,} of {found['total']:,}", equal))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -254,6 +272,8 @@ def sample_pictures(recipe: dict, summary: dict | None) -> tuple[list[tuple[str,
     says so and the report goes on without them.
     """
     predictions = (summary or {}).get("predictions")
+    if pretrains(recipe):
+        return [], ""
     if not predictions:
         return [], "" if summary is None else "This run stored no predictions of single images."
     try:
@@ -278,6 +298,12 @@ def sample_pictures(recipe: dict, summary: dict | None) -> tuple[list[tuple[str,
     some = f"Wrong ({misses:,} of {len(predictions):,}" + (f", {len(wrong)} shown)" if len(wrong) < misses else ")")
     groups = [("Right", "right", [described(i) for i in right]), (some, "wrong", [described(i) for i in wrong])]
     return [group for group in groups if group[2]], "Captions are predictions; # is the index in the test split."
+
+
+def reconstructions(run: Path) -> str:
+    """The pictures that a pre-training drew, as a data address; empty without them."""
+    path = run / PICTURES
+    return as_png(Image.open(path)) if path.is_file() else ""
 
 
 def choose(predictions: Sequence[int], labels: Sequence[int]) -> tuple[list[int], list[int]]:

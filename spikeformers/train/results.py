@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # it brings torch and accelerate, which a list of models does not need
-    from spikeformers.train.summary import Summary
+    from spikeformers.train.summary import PretrainSummary, Summary
 
 NAMED = 5  # test images named one by one on a line
 
@@ -39,12 +39,29 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def print_results(summary: "Summary", report: Path) -> None:
+def print_results(summary: "Summary | PretrainSummary", report: Path) -> None:
     """What a run achieved."""
+    rows = pretraining_rows(summary) if hasattr(summary, "decoder_parameters") else training_rows(summary)
+    print_facts(f"{summary.recipe['name']}: {summary.model}", [*rows, ("Report", str(report))])
+
+
+def pretraining_rows(summary: "PretrainSummary") -> list[tuple[str, str]]:
+    """Lines about a pre-training."""
+    return [
+        ("Loss of hidden patches", f"{summary.loss:.4f} at the last epoch (best {summary.best_loss:.4f})"),
+        ("Visible patches", f"{summary.visible} of {summary.patches}"),
+        ("Firing rate", f"{100 * summary.firing_rate:.2f} %"),
+        ("Parameters", f"{summary.parameters:,}, and {summary.decoder_parameters:,} of the decoder, which is dropped"),
+        ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
+    ]
+
+
+def training_rows(summary: "Summary") -> list[tuple[str, str]]:
+    """Lines about a trained classifier."""
     ann = f"{short(summary.ann_energy_mj)} mJ"
     if summary.energy_mj:
         ann += f", {summary.ann_energy_mj / summary.energy_mj:.2f} times as much"
-    rows = [
+    return [
         (
             "Test accuracy",
             f"{100 * summary.accuracy:.2f} % at the last epoch (best {100 * summary.best_accuracy:.2f} %)",
@@ -56,13 +73,13 @@ def print_results(summary: "Summary", report: Path) -> None:
         ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
         ("Integer engine", agreement(summary.integer_agreement)),
         ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
-        ("Report", str(report)),
     ]
-    print_facts(f"{summary.recipe['name']}: {summary.model}", rows)
 
 
-def agreement(found: dict) -> str:
+def agreement(found: dict | None) -> str:
     """How many test predictions the integer engine shares, what it reaches, and which it does not share."""
+    if found is None:
+        return "none: this network has no spiking neuron"
     if found["same"] == found["total"]:
         return f"same prediction for all {found['total']:,} test images"
     which, more = found["different"][:NAMED], len(found["different"]) - NAMED

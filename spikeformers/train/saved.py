@@ -9,7 +9,7 @@ from torch import nn
 from spikeformers.data.images import ImageData
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
-from spikeformers.train.summary import read_summary
+from spikeformers.train.summary import PretrainSummary, read_summary
 from spikeformers.zoo import from_pretrained, list_models
 
 IMAGENET = {"source": "imagefolder", "size": 224, "eval_crop": 0.875}  # how the papers' networks see a picture
@@ -22,6 +22,11 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if not (run / "summary.json").is_file():
         raise ValueError(f"{run} is not finished, so it has no final model: continue it with `train ... --resume`")
     summary = read_summary(run)
+    if isinstance(summary, PretrainSummary):
+        raise ValueError(
+            f"{run} is a pre-training, whose classifier learnt nothing: finetune it first, by a training recipe of "
+            f"the same network and --set init.backbone={run}"
+        )
     recipe, model = from_json(summary.recipe), from_pretrained(run / "model")
     if recipe.channels_last:  # as in training: another layout rounds differently
         model.to(memory_format=torch.channels_last)

@@ -41,10 +41,32 @@ class Summary:
     energy_convention: str
     energy_by_stage: dict[str, dict[str, float]]
     layers: dict[str, float]
-    integer_agreement: dict
+    integer_agreement: dict | None  # None for an ANN
     confusion: list[list[int]]  # [true][predicted]
     predictions: list[int]  # over the test split, in order
     classes: list[str]
+    versions: dict[str, str]
+    threads: int
+    hardware: str
+    command: str
+
+
+@dataclass(frozen=True)
+class PretrainSummary:
+    """A finished pre-training. `loss`: of hidden patches of the test split; `visible` of `patches` are seen."""
+
+    recipe: dict
+    model: str
+    parameters: int  # of the encoder, its unused classifier included
+    decoder_parameters: int
+    loss: float  # at the last epoch
+    best_loss: float
+    epochs: int
+    seconds: float  # of training and testing, over all interruptions
+    visible: int
+    patches: int
+    firing_rate: float
+    layers: dict[str, float]
     versions: dict[str, str]
     threads: int
     hardware: str
@@ -78,23 +100,35 @@ def finish(
         confusion=evaluation.confusion,
         predictions=evaluation.predictions,
         classes=[str(each) for each in split.classes],
-        versions={"python": platform.python_version()}
-        | {each: version(each) for each in ("torch", "timm", "spikeformers")},
-        threads=torch.get_num_threads(),
-        hardware=hardware(),
-        command=shlex.join(["spikeformers" if "spikeformers" in sys.argv[0] else sys.argv[0], *sys.argv[1:]]),
+        **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
     )
     write_json(run / "summary.json", dataclasses.asdict(summary))
 
 
-def read_summary(run: Path) -> Summary:
+def circumstances() -> dict[str, object]:
+    """Versions, threads, hardware and command: what somebody needs to repeat a run."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {each: version(each) for each in ("torch", "timm", "spikeformers")},
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "command": shlex.join(["spikeformers" if "spikeformers" in sys.argv[0] else sys.argv[0], *sys.argv[1:]]),
+    }
+
+
+def read_summary(run: Path) -> Summary | PretrainSummary:
     """The summary of a finished run. Raises ValueError if `run` holds none or one of another version."""
     stored = read_json(run / "summary.json")
     try:
-        return Summary(**stored)
-    except TypeError as error:
+        return (PretrainSummary if pretrains(stored["recipe"]) else Summary)(**stored)
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{run / 'summary.json'} was written by another version ({error})") from None
+
+
+def pretrains(recipe: dict) -> bool:
+    """Whether a stored recipe is one of masked pre-training."""
+    return recipe.get("pretrain", {}).get("mask_ratio", 0) > 0
 
 
 def hardware() -> str:

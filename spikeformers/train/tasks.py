@@ -1,20 +1,28 @@
 """What is learnt: classification by cross-entropy, on mixed images and from a teacher if the recipe says so.
 
+Masked pre-training, the other task, is in pretraining.py; `Task` is what the loop asks of either.
+
 Distillation: Touvron et al., ICML 2021 (DeiT), Eqs. 2-3, as Meta-SpikeFormer uses it.
 The teacher is any network of timm.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from spikeformers.data.augment import mixing
+from spikeformers.train.evaluate import Evaluation, evaluate
+from spikeformers.train.pretraining import MaskedModelling
 from spikeformers.train.recipe import Distill, Recipe
+from spikeformers.train.summary import finish
 from spikeformers.weights import load_strict, read_checkpoint
 
 
@@ -46,6 +54,41 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, kind: str, temperature
     return F.kl_div(student, wanted, reduction="sum", log_target=True) * temperature**2 / logits.numel()
 
 
+class Result(Protocol):
+    """What a test found: `score`, higher is better, and the numbers that the log keeps."""
+
+    @property
+    def score(self) -> float: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Task(Protocol):
+    """What the loop needs to train something: a module around the network, its loss, its test, its last words."""
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The module to train, with `network` inside."""
+
+    def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
+        """Scalar loss of one batch; calls `model` once."""
+
+    def test(self, model: nn.Module, loader: DataLoader, *, accelerator: Accelerator | None = None) -> Result:
+        """The result over a split; with an accelerator every process tests its share and gets the whole result."""
+
+    def finish(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        run: Path,
+        *,
+        split: Dataset,
+        result: Result,
+        best: float,
+        seconds: float,
+    ) -> None:
+        """Save the trained network in `run/model` and write `run/summary.json` last. `best`: the highest score."""
+
+
 class Classification:
     """The loss of one batch. Mixing draws from the global generators, which the loop seeds for each step."""
 
@@ -60,6 +103,25 @@ class Classification:
     ):
         self.smoothing, self.teacher, self.distill = smoothing, teacher, distill
         self.mixer, self.mixing_epochs = mixer, mixing_epochs
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        return network
+
+    def test(self, model: nn.Module, loader: DataLoader, *, accelerator: Accelerator | None = None) -> Evaluation:
+        return evaluate(model, loader, accelerator=accelerator)
+
+    def finish(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        run: Path,
+        *,
+        split: Dataset,
+        result: Evaluation,
+        best: float,
+        seconds: float,
+    ) -> None:
+        finish(model, recipe, run, split=split, evaluation=result, best_accuracy=best, seconds=seconds)
 
     def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
         """Scalar loss of images [B,C,H,W] with labels [B] in the given `epoch` (from 0); calls `model` once."""
@@ -77,8 +139,10 @@ class Classification:
         return (1 - self.distill.alpha) * own + self.distill.alpha * learnt
 
 
-def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Classification:
+def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Task:
     """The task of a recipe. Raises ValueError for a mixing or a teacher that cannot work."""
+    if recipe.pretrain.mask_ratio:
+        return MaskedModelling(recipe)
     # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
     mixer = mixing(recipe.data.augment, num_classes=num_classes)
     if mixer is not None and recipe.batch_size % 2:

@@ -20,6 +20,7 @@ from spikeformers.weights import meta_spikeformer, spikformer
 
 KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer, Spikformer: spikformer}
 WRAPPERS = ("module.", "model.", "backbone.")  # DistributedDataParallel, mmengine, mmseg and mmdet
+ENCODER = "encoder."  # where a masked autoencoder keeps the network that it pre-trains
 OTHER_NETWORKS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.")
 
 
@@ -117,17 +118,23 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
 def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     """Start `model` from `source`: a run, a folder of `save_pretrained`, or a checkpoint file (ours or the authors').
 
-    Every weight of the source must arrive but for its classifier, which stays out if it has other classes. What the
-    source lacks is new: Xavier weights, zero biases, anything else (a threshold, a norm) as it was built.
+    Every weight of the source must arrive but for its classifier, which stays out if it has other classes, and for
+    tensors that the authors' network never uses. What the source lacks is new: Xavier weights, zero biases, anything
+    else (a threshold, a norm) as it was built.
     Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
     """
     path = Path(source)
     if path.is_dir():
         path = _weights_in(path)
     weights = read_checkpoint(path)
+    if any(key.startswith(ENCODER) for key in weights):  # a pre-training that is still going: its decoder stays there
+        weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key.startswith(ENCODER)}
     names = KEY_MAPS.get(type(model))
+    dropped: list[str] = []
     if names is not None and not set(weights) & set(model.state_dict()) - {"head.weight", "head.bias"}:
-        weights = {names.own_key(_unwrapped(k)) or k: names.own_tensor(_unwrapped(k), v) for k, v in weights.items()}
+        dropped = [key for key in weights if names.UNUSED.fullmatch(_unwrapped(key))]
+        used = {key: tensor for key, tensor in weights.items() if key not in dropped}
+        weights = {names.own_key(_unwrapped(k)) or k: names.own_tensor(_unwrapped(k), v) for k, v in used.items()}
     own = model.state_dict()
     for key in [key for key in weights if _is_head(key) and (key not in own or weights[key].shape != own[key].shape)]:
         del weights[key]
@@ -135,7 +142,7 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     kept = [key for key in own if key not in weights]
     if len(kept) == len(own):
         raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
-    report = _load(model, weights, kept=kept, dropped=[], describe=describe)
+    report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
     for key, parameter in model.named_parameters():
         if key in report.kept and parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)

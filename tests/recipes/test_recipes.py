@@ -14,7 +14,8 @@ def test_every_recipe_has_its_name_survives_json_and_names_a_model_that_exists(n
     recipe = get(name)
     assert recipe.name == name
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
-    sizes = {"num_classes": 10, "in_channels": recipe.data.in_channels, "distillation": bool(recipe.distill.teacher)}
+    sizes = {"num_classes": 10, "in_channels": recipe.data.in_channels}
+    sizes |= {"distillation": True} if recipe.distill.teacher else {}
     with torch.device("meta"):
         create_model(recipe.model.name, **(recipe.model.overrides() | sizes))
 
@@ -43,3 +44,40 @@ def test_the_quick_recipes_use_integer_neurons_at_one_step():
     for name in ("digits", "cifar10_small"):
         model = get(name).model
         assert (model.neuron, model.levels, model.steps) == ("i_lif", 4, 1)
+
+
+def test_spikformer_recipes_hold_the_papers_numbers():
+    v1, v2, t4 = (get(f"spikformer_{name}") for name in ("8_512_imagenet", "v2_8_512_imagenet", "v2_8_512_imagenet_t4"))
+    assert (v1.epochs - v1.optim.cooldown_epochs, v1.batch_size * 8, v1.optim.lr, v1.model.steps) == (300, 192, 5e-4, 4)
+    assert (v1.optim.warmup_lr, v1.optim.min_lr, v1.optim.per_epoch) == (1e-6, 1e-5, True)
+    assert (v1.data.augment.mixup, v1.data.augment.cutmix, v1.data.augment.erase_fill) == (0.8, 1.0, "zero")
+    assert (v2.epochs, v2.batch_size * 8, v2.optim.lr, v2.optim.warmup_epochs, v2.model.steps) == (
+        300,
+        512,
+        5e-4,
+        10,
+        1,
+    )
+    assert v2.data.augment.mixup == v2.data.augment.cutmix == 0
+    assert (t4.epochs, t4.optim.lr, t4.model.steps, t4.init.backbone) == (
+        20,
+        1e-5,
+        4,
+        "runs/spikformer_v2_8_512_imagenet",
+    )
+
+
+def test_cifar_recipes_draw_one_of_five_operations_and_mix_for_200_epochs():
+    recipe = get("spikformer_4_384_cifar100")
+    assert (recipe.model.name, recipe.data.source, recipe.batch_size) == ("spikformer_cifar_4_384", "cifar100", 128)
+    augment = recipe.data.augment
+    assert augment.policy_ops == ("Equalize", "Rotate", "ShearX", "TranslateXRel", "TranslateYRel")
+    assert (augment.mixup, augment.mixing_epochs, recipe.epochs, recipe.optim.weight_decay) == (0.5, 200, 310, 0.06)
+
+
+def test_pre_training_hides_three_quarters_and_finetuning_decays_by_layer():
+    mae, tuned, t4 = (get(f"spikformer_v2_16_768_imagenet_mae{part}") for part in ("", "_finetune", "_finetune_t4"))
+    assert (mae.pretrain.mask_ratio, mae.epochs, mae.batch_size * 8, mae.optim.lr) == (0.75, 200, 1024, 1e-3)
+    assert (tuned.pretrain.mask_ratio, tuned.epochs, tuned.optim.lr, tuned.optim.layer_decay) == (0, 150, 1e-3, 0.7)
+    assert tuned.init.backbone == f"runs/{mae.name}"
+    assert (t4.model.steps, t4.epochs, t4.optim.lr, t4.init.backbone) == (4, 20, 1e-5, f"runs/{tuned.name}")

@@ -157,9 +157,9 @@ class SpikformerConfig:
     `dim`, `depth`, `heads`, `mlp_ratio`: of the transformer blocks.  `patch_size`: input pixels a token stands for, a
     side.  `stem`: sps (V1) or scs (V2).  `stem_branch`: of each scs block, conv0..conv3 or linear0..linear3 (Fig. 4).
     `attention`: ssa, ssa_learnable (its scale is a parameter); vsa, vsa_float_v, identity, relu, leaky_relu (Table 1);
-    softmax (an ANN's).  `scale`: of ssa and of the three maps.  `shortcut`: sew (the paper's ADD), iand, or residual
-    (an ANN's).  `tokens`: "linear" gives q, k, v biases and small initial weights, as the authors' CIFAR code does;
-    "conv" neither, as their ImageNet and event code.  `levels` is D of integer neurons.
+    softmax (an ANN's).  `scale`: of ssa and of the three maps.  `shortcut`: sew (the paper's ADD), iand, vs, or
+    residual (an ANN's).  `tokens`: "linear" gives q, k, v biases and small initial weights, as the authors' CIFAR code
+    does; "conv" neither, as their ImageNet and event code.  `levels` is D of integer neurons.
     """
 
     dim: int = 512
@@ -194,6 +194,7 @@ STEM_BRANCHES: dict[str, Mixer | None] = {  # three layers inside twice, not fou
 SCALED = {"ssa": SSA, "ssa_learnable": LearnableScaleSSA}
 SCALED |= {"identity": IdentityMap, "relu": ReLUMap, "leaky_relu": LeakyReLUMap}
 UNSCALED = {"vsa": VSA, "vsa_float_v": VSAFloatV, "softmax": Softmax}
+BETWEEN_SPIKES = {name: SHORTCUTS[name] for name in ("sew", "iand", "vs", "residual")}
 TOKENS = {"conv": False, "linear": True}  # biases of q, k, v
 
 
@@ -222,7 +223,7 @@ class Spikformer(Pretrained):
         _check(config)
         self.config = config
         neuron = neuron_builder(config.neuron, levels=config.levels, steps=config.steps)
-        shortcut = choose("shortcut", config.shortcut, SHORTCUTS)
+        shortcut = choose("shortcut", config.shortcut, BETWEEN_SPIKES)
         self.door = Door(in_channels=config.in_channels, steps=config.steps)
         self.stem = _stem(config, neuron=neuron, shortcut=shortcut)
         names = (*(f"stem.blocks.{index}" for index in range(len(self.stem.channels) - 1)), "blocks")

@@ -1,5 +1,7 @@
 """Layers equal their merged forms in float64, count the parameters of the paper, and keep its shortcut identities."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,13 +11,15 @@ from spikeformers.layers import (
     ChannelConv,
     ChannelMLP,
     ConvBN,
+    IAndShortcut,
     MembraneShortcut,
     RepConv,
+    ResidualShortcut,
     SepConv,
     SpikeElementWiseShortcut,
     VanillaShortcut,
 )
-from spikeformers.neurons import neuron_builder
+from spikeformers.neurons import IELIF, neuron_builder
 
 I_LIF = neuron_builder("i_lif", levels=4)
 
@@ -35,11 +39,20 @@ def size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 2, 1), (7, 2, 1), (7, 1, 6)])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (2, 2, 1), (3, 2, 1), (7, 2, 1), (7, 1, 6)])
 def test_merged_conv_bn_is_the_same_function(kernel, stride, groups):
     layer = trained(ConvBN(6, 12, kernel, stride=stride, groups=groups, bias=groups == 1))
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     assert torch.allclose(layer.merge()(x), layer(x), atol=1e-12, rtol=0)
+
+
+def test_a_2x2_kernel_with_stride_2_halves_exactly_and_its_patches_never_overlap():
+    layer = ConvBN(1, 1, 2, stride=2).eval()
+    nn.init.ones_(layer.conv.weight)
+    layer.bn.eps = 0
+    x = torch.arange(8.0).view(1, 1, 2, 4)
+    assert layer(x).tolist() == [[[[0 + 1 + 4 + 5, 2 + 3 + 6 + 7]]]]
+    assert layer(torch.zeros(1, 1, 14, 6)).shape == (1, 1, 7, 3)
 
 
 def test_merged_rep_conv_is_one_dense_3x3_with_zero_padding():
@@ -109,5 +122,53 @@ def test_ms_feeds_its_branch_spikes():
     assert set(seen[0].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
+def test_iand_is_not_the_branch_and_the_shortcut():
+    # S of the shortcut and current of the branch; a LIF fires from 2 at one step.
+    table = {(0, 0): 0, (0, 2): 0, (1, 0): 1, (1, 2): 0}
+    s, current = torch.tensor(list(table), dtype=torch.float32).T.view(2, 1, 4, 1, 1)
+    out = IAndShortcut(neuron=neuron_builder("lif"))(s, lambda _: current)
+    assert out.flatten().tolist() == list(table.values())
+
+
+def test_iand_is_the_identity_for_a_zero_branch_and_its_branch_reads_the_shortcut():
+    spikes = torch.randint(0, 2, (4, 3, 4, 4)).float()
+    shortcut = IAndShortcut(neuron=neuron_builder("lif", steps=2))
+    assert torch.equal(shortcut(spikes, zero), spikes)
+    assert not shortcut(spikes, lambda s: 2 * s).any()  # a branch that fires where the shortcut does erases all of it
+
+
+@pytest.mark.parametrize(("neuron", "levels"), [("lif", 4), ("i_lif", 1), ("ni_lif", 1), ("ie_lif", 1)])
+def test_iand_takes_every_neuron_that_emits_0_and_1(neuron, levels):
+    shortcut = IAndShortcut(neuron=neuron_builder(neuron, levels=levels))
+    assert set(shortcut(torch.ones(2, 3, 4, 4), lambda s: 5 * torch.randn(s.shape)).unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("neuron", "levels"), [("i_lif", 4), ("ni_lif", 4), ("ie_lif", 2), ("gelu", 1)])
+def test_iand_refuses_every_other_neuron(neuron, levels):
+    with pytest.raises(ValueError, match="IAND needs binary spikes"):
+        IAndShortcut(neuron=neuron_builder(neuron, levels=levels))
+    with pytest.raises(ValueError, match="IAND needs binary spikes"):
+        IAndShortcut(neuron=partial(IELIF, levels=1, unit=0.5))  # one level, but a spike is not worth 1
+
+
+def test_iand_passes_gradients_to_the_shortcut_where_the_branch_is_silent_and_to_the_branch_where_it_has_spikes():
+    spikes, current = torch.tensor([1.0, 1, 0]).view(1, 3, 1, 1), torch.tensor([1.0, 2, 1]).view(1, 3, 1, 1)
+    spikes.requires_grad_()
+    current.requires_grad_()
+    IAndShortcut(neuron=neuron_builder("lif"))(spikes, lambda _: current).sum().backward()
+    assert spikes.grad.flatten().tolist() == [1, 0, 1]
+    # -S times half the slope of the surrogate, which is 1 at the threshold: it is the membrane that is halved.
+    assert current.grad.flatten()[1:].tolist() == [-0.5, 0]
+    assert -0.5 < current.grad.flatten()[0] < 0
+
+
+def test_the_residual_shortcut_adds_and_has_nothing_of_its_own():
+    x = torch.randn(2, 3, 4, 4)
+    shortcut = ResidualShortcut(neuron=neuron_builder("lif"))
+    assert torch.equal(shortcut(x, zero), x)
+    assert torch.equal(shortcut(x, lambda y: 2 * y), 3 * x)
+    assert not list(shortcut.children())
+
+
 def test_shortcut_names_are_the_papers():
-    assert set(SHORTCUTS) == {"ms", "sew", "vs"}
+    assert set(SHORTCUTS) == {"ms", "sew", "vs", "iand", "residual"}

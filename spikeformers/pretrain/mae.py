@@ -39,6 +39,8 @@ class Decoder(nn.Module):
         self, in_dim: int, out_dim: int, *, grid: tuple[int, int], dim: int = 256, depth: int = 4, heads: int = 4
     ) -> None:
         super().__init__()
+        if dim % 4 or dim % heads:
+            raise ValueError(f"decoder_dim must be a multiple of 4 and of decoder_heads={heads}, got {dim}")
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         position = build_sincos2d_pos_embed(list(grid), dim=dim)

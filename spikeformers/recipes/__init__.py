@@ -10,6 +10,8 @@ from spikeformers.train.recipe import Recipe
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": quick.digits,
     "cifar10_small": quick.cifar10_small,
+    "digits_mae": quick.digits_mae,
+    "digits_finetune": quick.digits_finetune,
     "spikformer_cifar10_small": spikformer.cifar10_small,
     "spikformer_v2_cifar10_mae": spikformer.v2_cifar10_mae,
     "spikformer_v2_cifar10_finetune": spikformer.v2_cifar10_finetune,

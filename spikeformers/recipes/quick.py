@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spikeformers.data.augment import Augment
 from spikeformers.data.images import ImageData
-from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
+from spikeformers.train.recipe import ModelChoice, Optim, Pretrain, Recipe, Testing
 
 
 def cifar10_root() -> str:
@@ -63,3 +63,49 @@ def cifar10_small() -> Recipe:
         batch_size=32,
         threads=2,
     )
+
+
+def digits_mae() -> Recipe:
+    """The digits without labels: masked pre-training of a small Spikformer V2, a minute on one core.
+
+    spikeformers pretrain digits_mae
+    """
+    return Recipe(
+        name="digits_mae",
+        data=ImageData(source="digits", size=32, in_channels=1, augment=Augment(shift=0.08, rotate=10.0, scale=0.1)),
+        model=_V2_DIGITS,
+        pretrain=Pretrain(mask_ratio=0.75, decoder_dim=64, decoder_depth=1),
+        optim=Optim(lr=3e-3, warmup_epochs=1.0, weight_decay=0.05, clip_grad=1.0),
+        epochs=15,
+        batch_size=32,
+        threads=2,
+    )
+
+
+def digits_finetune() -> Recipe:
+    """100 labelled digits: the network of digits_mae, from init.backbone or, without it, from scratch.
+
+    spikeformers train digits_finetune --set init.backbone=runs/digits_mae
+    """
+    return Recipe(
+        name="digits_finetune",
+        data=ImageData(
+            source="digits",
+            size=32,
+            in_channels=1,
+            train_limit=100,
+            augment=Augment(shift=0.08, rotate=10.0, scale=0.1),
+        ),
+        model=_V2_DIGITS,
+        optim=Optim(lr=2e-3, warmup_epochs=2.0, weight_decay=0.05, clip_grad=1.0),
+        testing=Testing(every=10),
+        epochs=30,
+        batch_size=20,
+        label_smoothing=0.1,
+        threads=2,
+    )
+
+
+_V2_DIGITS = ModelChoice(
+    name="spikformer_v2_8_384", neuron="lif", steps=1, options={"dim": 32, "depth": 2, "heads": 4, "patch_size": 4}
+)

@@ -209,7 +209,7 @@ def v2_cifar10_finetune() -> Recipe:
         optim=Optim(lr=1e-3, warmup_epochs=2.0, weight_decay=0.05, clip_grad=1.0),
         testing=Testing(every=100, images=1_000, integer_images=100),
         label_smoothing=0.1,
-        epochs=40,
+        epochs=20,
         batch_size=32,
         threads=1,
     )

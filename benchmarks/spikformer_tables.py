@@ -1,0 +1,302 @@
+"""The tables and figures of Spikformer V2 at a size that two CPU cores can train, ours beside the paper's.
+
+The networks are small and see a few thousand CIFAR-10 images for a few epochs: what may be compared is the order of
+rows, never the numbers. Every row of a table has the same data, epochs and rate unless the row is about them. Each
+training has a folder of its own below --runs and is resumed, so that a table can be made over days; finished ones are
+only read.
+
+    python benchmarks/spikformer_tables.py labels --json benchmarks/results/spikformer_labels.json
+
+Tables: labels (masked pre-training, then 1,000 labels, against from scratch; three rates, three seeds), 1 (attention
+maps), 6 (time steps, VSA, IAND), fig4 (stems), fig7 (depth; with it Table 3's training times), 7 (mask ratio, epochs).
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from spikeformers import energy, from_pretrained, recipes
+from spikeformers.data import load_split
+from spikeformers.train.evaluate import batches_of
+from spikeformers.train.loop import train
+from spikeformers.train.recipe import Init, Recipe, from_json, override
+from spikeformers.train.results import print_table
+from spikeformers.train.summary import PretrainSummary, Summary, hardware, spread
+
+RATES = (5e-4, 1.5e-3, 4e-3)
+SEEDS = (0, 1, 2)
+CONSOLE = Console(file=sys.stderr)
+
+
+def changed(recipe: Recipe, **fields: object) -> Recipe:
+    """`recipe` with dotted fields set, dots written as two underscores: optim__lr=1e-3."""
+    for name, value in fields.items():
+        recipe = override(recipe, name.replace("__", "."), str(value))
+    return recipe
+
+
+def done(recipe: Recipe, folder: Path) -> Summary | PretrainSummary:
+    """The summary of `recipe` trained in `folder`, resumed if it was begun."""
+    print(f"{folder.name}:", file=sys.stderr)
+    return train(recipe, run=folder, resume=folder.exists(), console=CONSOLE)
+
+
+def labels(runs: Path) -> list[dict]:
+    """1,000 labels: from masked pre-training on 50,000 unlabelled images, and from scratch, at each rate and seed."""
+    tuning = recipes.get("spikformer_v2_cifar10_finetune")
+    rows = []
+    for arm, init in (("from scratch", ""), ("pre-trained", str(runs / "mae"))):
+        pretrained = done(recipes.get("spikformer_v2_cifar10_mae"), runs / "mae") if init else None
+        for rate in RATES:
+            found = []
+            for seed in SEEDS:
+                recipe = dataclasses.replace(changed(tuning, optim__lr=rate), seed=seed, init=Init(backbone=init))
+                found.append(done(recipe, runs / f"{arm.replace(' ', '-')}_lr-{rate:g}_seed-{seed}"))
+            mean, sd = spread([100 * each.accuracy for each in found])
+            rows.append(
+                {
+                    "arm": arm,
+                    "rate": rate,
+                    "accuracies": [100 * each.accuracy for each in found],
+                    "mean": mean,
+                    "sd": sd,
+                    "pretraining_loss": pretrained.loss if pretrained else None,
+                    "seconds": [each.seconds for each in found],
+                }
+            )
+    return rows
+
+
+def small(**fields: object) -> Recipe:
+    """A small V1 on 4,000 images at T=4, the ground of Tables 1 and 6."""
+    base = dataclasses.replace(recipes.get("spikformer_cifar10_small"), name="spikformer_table")
+    ground = {
+        "data__train_limit": 4_000,
+        "data__test_limit": 2_000,
+        "model__options__dim": 48,
+        "model__steps": 4,
+        "epochs": 5,
+        "testing__every": 100,
+        "testing__integer_images": 50,
+    }
+    return changed(base, **(ground | fields))
+
+
+def small_v2(**fields: object) -> Recipe:
+    """A small V2 on the same images at T=1, the ground of Figs. 4 and 7 and Table 7."""
+    base = dataclasses.replace(recipes.get("spikformer_v2_cifar10_finetune"), name="spikformer_v2_table")
+    ground = {
+        "data__train_limit": 4_000,
+        "data__test_limit": 2_000,
+        "model__options__dim": 32,
+        "model__options__depth": 6,
+        "epochs": 10,
+        "optim__lr": 2e-3,
+        "testing__integer_images": 50,
+    }
+    return changed(base, **(ground | fields))
+
+
+def small_mae(**fields: object) -> Recipe:
+    """Masked pre-training of that network on the same 4,000 images."""
+    base = dataclasses.replace(recipes.get("spikformer_v2_cifar10_mae"), name="spikformer_mae_table")
+    ground = {
+        "data__train_limit": 4_000,
+        "data__test_limit": 2_000,
+        "model__options__dim": 32,
+        "model__options__depth": 6,
+        "pretrain__decoder_dim": 64,
+        "pretrain__decoder_depth": 1,
+        "epochs": 8,
+        "testing__every": 100,
+    }
+    return changed(base, **(ground | fields))
+
+
+def attention_cost(folder: Path) -> tuple[float, float]:
+    """Operations in millions and microjoules of one block's Q, K, V products in one step, counted as Table 1 does:
+    two operations a multiply-accumulate of real numbers at 4.6 pJ each, one for each addition of spikes at 0.9 pJ."""
+    recipe = from_json(json.loads((folder / "recipe.json").read_text()))
+    images = next(iter(batches_of(load_split(recipe.data, "test"), batch_size=64)))[0]
+    operations = [o for o in energy.trace(from_pretrained(folder / "model"), images).operations if o.parts]
+    if operations[0].kind == "attention_map":
+        count, price = sum(2 * part.macs for o in operations for part in o.parts), 4.6
+    else:
+        count, price = sum(part.macs * float(part.rates.mean()) for o in operations for part in o.parts), 0.9
+    count /= len(operations)
+    return count / 1e6, count * price / 1e6
+
+
+def table_1(runs: Path) -> list[dict]:
+    """Attention maps."""
+    paper = {
+        "identity": (93.96, 6.3, 29),
+        "leaky_relu": (93.85, 6.3, 29),
+        "relu": (94.34, 6.3, 29),
+        "vsa": (94.97, 6.6, 30),
+        "ssa": (95.19, 1.1, 0.990),
+    }
+    rows = []
+    for name, published in paper.items():
+        folder = runs / f"v1_{name}_t4"
+        summary = done(small(model__options__attention=name), folder)
+        operations, microjoule = attention_cost(folder)
+        ours = {"accuracy": 100 * summary.accuracy, "mega_operations": operations, "microjoule": microjoule}
+        rows.append({"attention": name, "paper": dict(zip(ours, published, strict=True)), "ours": ours})
+    return rows
+
+
+def table_6(runs: Path) -> list[dict]:
+    """Time steps, vanilla self-attention, and IAND instead of ADD."""
+    cases: list[tuple[str, str, int, float | None, Recipe]] = [
+        *(
+            (
+                f"4-384 {attention}",
+                f"v1_{attention}_t{steps}",
+                steps,
+                published,
+                small(model__options__attention=attention, model__steps=steps),
+            )
+            for attention, steps, published in (
+                ("ssa", 1, 93.51),
+                ("ssa", 2, 93.59),
+                ("ssa", 4, 95.19),
+                ("ssa", 6, 95.34),
+                ("vsa", 4, 94.97),
+                ("vsa_float_v", 4, 95.17),
+            )
+        ),
+        ("V2 8-512 ADD", "v2_depth-6_supervised", 1, 79.05, small_v2()),
+        ("V2 8-512 IAND", "v2_depth-6_iand", 1, 76.12, small_v2(model__options__shortcut="iand")),
+    ]
+    rows = []
+    for label, folder, steps, published, recipe in cases:
+        summary = done(recipe, runs / folder)
+        ours = {"accuracy": 100 * summary.accuracy, "firing_rate": 100 * summary.firing_rate}
+        rows.append({"model": label, "steps": steps, "paper": {"accuracy": published}, "ours": ours})
+    return rows
+
+
+def figure_4(runs: Path) -> list[dict]:
+    """Stems: nothing, linear layers, or convolutions behind each down-sampling; the paper's numbers are a picture."""
+    rows = []
+    for branch in ("conv0", "linear1", "linear2", "linear3", "conv1", "conv2", "conv3"):
+        folder = "v2_depth-6_supervised" if branch == "conv2" else f"v2_{branch}"
+        summary = done(small_v2(model__options__stem_branch=branch), runs / folder)
+        ours = {"accuracy": 100 * summary.accuracy, "parameters": summary.parameters}
+        rows.append({"stem": branch, "paper": {}, "ours": ours})
+    return rows
+
+
+def figure_7(runs: Path) -> list[dict]:
+    """Depth, supervised against pre-trained and finetuned, with the training time of both (Table 3)."""
+    paper = {2: (None, None), 6: (78.65, 79.64), 12: (77.43, 81.10)}  # V2 12-512 and 16-768 are the nearest rows
+    rows = []
+    for depth, published in paper.items():
+        deep = {"model__options__depth": depth}
+        supervised = done(small_v2(**deep), runs / f"v2_depth-{depth}_supervised")
+        mae = runs / f"v2_depth-{depth}_mae"
+        pretrained = done(small_mae(**deep), mae)
+        tuned = done(finetuned(mae, **deep), runs / f"v2_depth-{depth}_finetuned")
+        seconds = pretrained.seconds + tuned.seconds
+        ours = {
+            "supervised": 100 * supervised.accuracy,
+            "pretrained": 100 * tuned.accuracy,
+            "supervised_seconds": supervised.seconds,
+            "pretrained_seconds": seconds,
+            "speedup": supervised.seconds / seconds,
+        }
+        rows.append({"depth": depth, "paper": dict(zip(ours, published, strict=False)), "ours": ours})
+    return rows
+
+
+def finetuned(mae: Path, **fields: object) -> Recipe:
+    """Half of the supervised epochs, from the pre-training in `mae`, with layer-wise rates."""
+    recipe = small_v2(**({"epochs": 5, "optim__layer_decay": 0.7} | fields))
+    return dataclasses.replace(recipe, init=Init(backbone=str(mae)))
+
+
+def table_7(runs: Path) -> list[dict]:
+    """Mask ratio, epochs of pre-training and of finetuning; a quarter of a step is 50 of the paper's epochs."""
+    paper = {
+        (0.75, 8, 5): 79.64,
+        (0.75, 16, 5): 79.71,
+        (0.75, 32, 5): 79.90,
+        (0.75, 8, 7): 79.93,
+        (0.6, 8, 5): 79.40,
+        (0.5, 8, 5): 79.73,
+    }
+    rows = []
+    for (ratio, epochs, tuning), published in paper.items():
+        usual = (ratio, epochs) == (0.75, 8)
+        mae = runs / ("v2_depth-6_mae" if usual else f"v2_mae_ratio-{ratio:g}_epochs-{epochs}")
+        pretrained = done(small_mae(pretrain__mask_ratio=ratio, epochs=epochs), mae)
+        folder = "v2_depth-6_finetuned" if usual and tuning == 5 else f"{mae.name}_finetuned-{tuning}"
+        tuned = done(finetuned(mae, epochs=tuning), runs / folder)
+        ours = {"accuracy": 100 * tuned.accuracy, "pretraining_loss": pretrained.loss}
+        rows.append(
+            {"mask_ratio": ratio, "pretrain_epochs": epochs, "finetune_epochs": tuning}
+            | {"paper": {"accuracy": published}, "ours": ours}
+        )
+    return rows
+
+
+TABLES: dict[str, Callable[[Path], list[dict]]] = {
+    "labels": labels,
+    "1": table_1,
+    "6": table_6,
+    "fig4": figure_4,
+    "fig7": figure_7,
+    "7": table_7,
+}
+
+
+def show(rows: list[dict]) -> None:
+    """Rows as a table: what they vary, then the paper's and our numbers."""
+    flat = []
+    for row in rows:
+        line = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for side in ("paper", "ours"):
+            line |= {f"{side} {name}": value for name, value in row.get(side, {}).items()}
+        flat.append(line)
+    header = list(dict.fromkeys(name for line in flat for name in line))
+
+    def cell(value: object) -> str:
+        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    print_table(header, [[cell(line.get(name)) for name in header] for line in flat], right=range(1, len(header)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", choices=TABLES, help="which to make")
+    parser.add_argument("--runs", type=Path, default=Path("runs/spikformer_tables"), help="where trainings are kept")
+    parser.add_argument("--json", type=Path, help="write rows, versions and command there")
+    options = parser.parse_args()
+    result = {
+        "command": " ".join(["python", "benchmarks/spikformer_tables.py", *options.tables]),
+        "hardware": hardware(),
+        "threads": 1,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "timm", "spikeformers")},
+        "tables": {},
+    }
+    for name in options.tables:
+        rows = TABLES[name](options.runs)
+        result["tables"][name] = {"what": TABLES[name].__doc__, "rows": rows}
+        print(f"\n{name}: {TABLES[name].__doc__}")
+        show(rows)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    main()

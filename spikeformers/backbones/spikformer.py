@@ -186,7 +186,7 @@ class SpikformerConfig:
 ANN_TWIN = {"neuron": "gelu", "shortcut": "residual", "attention": "softmax", "steps": 1}
 """Overrides that make any Spikformer an ordinary transformer of the same layers (Table 4, Transformer-4-384)."""
 
-STEM_BRANCHES: dict[str, Mixer | None] = {  # three layers inside twice, not four times: Fig. 4 keeps the parameters
+STEM_BRANCHES: dict[str, Mixer | None] = {  # three layers expand twice, not four times: the weights of two
     f"{kind}{layers}": partial(stem_layers, layers=layers, kernel=kernel, ratio=2 if layers == 3 else 4)
     for kind, kernel in (("conv", 3), ("linear", 1))
     for layers in (1, 2, 3)

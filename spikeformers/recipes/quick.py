@@ -1,6 +1,7 @@
 """Recipes for two CPU cores: the embedded digits in minutes, and a part of CIFAR-10.
 
-Both train a small Meta-SpikeFormer with integer neurons (I-LIF, D=4) at T=1; no paper has numbers for these sizes.
+`digits` and `cifar10_small` train a small Meta-SpikeFormer with integer neurons (I-LIF, D=4) at T=1; `digits_mae` and
+`digits_finetune` take a small Spikformer V2 through masked pre-training. No paper has numbers for these sizes.
 """
 
 import os
@@ -83,7 +84,7 @@ def digits_mae() -> Recipe:
 
 
 def digits_finetune() -> Recipe:
-    """100 labelled digits: the network of digits_mae, from init.backbone or, without it, from scratch.
+    """200 labelled digits: the network of digits_mae, from init.backbone or, without it, from scratch.
 
     spikeformers train digits_finetune --set init.backbone=runs/digits_mae
     """
@@ -93,14 +94,14 @@ def digits_finetune() -> Recipe:
             source="digits",
             size=32,
             in_channels=1,
-            train_limit=100,
+            train_limit=200,
             augment=Augment(shift=0.08, rotate=10.0, scale=0.1),
         ),
         model=_V2_DIGITS,
         optim=Optim(lr=2e-3, warmup_epochs=2.0, weight_decay=0.05, clip_grad=1.0),
         testing=Testing(every=10),
-        epochs=30,
-        batch_size=20,
+        epochs=80,
+        batch_size=10,
         label_smoothing=0.1,
         threads=2,
     )

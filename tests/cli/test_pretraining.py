@@ -6,10 +6,18 @@ import pytest
 
 import spikeformers.train.loop
 
-SMALL = (
-    "data.source=digits data.in_channels=1 data.size=16 data.train_limit=32 data.test_limit=24 batch_size=8 epochs=1 "
-    "model.options.dim=16 model.options.depth=1 model.options.heads=2"
-).split()
+SMALL = [
+    "data.source=digits",
+    "data.in_channels=1",
+    "data.size=16",
+    "data.train_limit=32",
+    "data.test_limit=24",
+    "batch_size=8",
+    "epochs=1",
+    "model.options.dim=16",
+    "model.options.depth=1",
+    "model.options.heads=2",
+]
 DECODER = ["pretrain.decoder_dim=16", "pretrain.decoder_depth=1"]
 
 

@@ -11,6 +11,7 @@ from spikeformers import energy
 from spikeformers.deploy import integer
 from spikeformers.deploy.counts import IntegerConv
 from spikeformers.neurons import ILIF, LIF, build_neuron
+from spikeformers.pretrain import MAE
 from spikeformers.train.tasks import Classification
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +119,27 @@ def test_an_engine_runs_on_a_device_by_its_readable_path(cuda):
     assert logits.shape == (5, 5)
     assert torch.isfinite(logits).all()
     assert not any(layer.primitive for layer in engine.report().layers)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("stem", ["sps", "scs"])
+def test_masked_pre_training_takes_a_finite_step(device, stem, autocast):
+    encoder = sf.create_model("spikformer_v2_8_384", dim=32, depth=2, heads=4, patch_size=4, num_classes=5, stem=stem)
+    mae = MAE(encoder, image_size=32, decoder_dim=32, decoder_depth=1).to(device)
+    images = torch.randn(8, 3, 32, 32).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = mae.loss(images, mae(images))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    grads = {name: each.grad for name, each in mae.named_parameters() if not name.startswith("encoder.head")}
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in grads.values())
+
+
+def test_a_masked_encoder_gives_the_tokens_of_the_cpu(cuda):
+    encoder = sf.create_model("spikformer_v2_8_384", dim=32, depth=2, heads=4, patch_size=4, num_classes=5)
+    mae, images = MAE(encoder, image_size=32).double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    visible = mae.draw_mask(images)
+    wanted, places = copy.deepcopy(mae).encode(images, visible)
+    found, there = mae.to(cuda).encode(images.to(cuda), visible.to(cuda))
+    assert torch.equal(there.cpu(), places)
+    assert torch.equal(found.cpu(), wanted)  # counts: float64 rounds no spike away

@@ -227,3 +227,13 @@ def test_the_encoder_loads_straight_into_the_dense_network(tmp_path):
 def test_mistakes_are_told(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("kind", ["scs", "sps", "meta"])
+def test_bfloat16_trains_with_a_loss_in_float32(kind):
+    mae, x = autoencoder(kind).float().train(), images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mae.loss(x, mae(x))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(torch.isfinite(each.grad).all() for each in mae.parameters() if each.grad is not None)

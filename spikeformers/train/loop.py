@@ -204,8 +204,16 @@ class _Work:
         return self.ema.module if self.ema else self.plain
 
     def restore(self, folder: Path) -> None:
-        """Stand where the checkpoint was taken. Raises ValueError with other images or another number of processes."""
+        """Stand where the checkpoint was taken.
+
+        Raises ValueError with other images, another number of processes, or a checkpoint of another version.
+        """
         model, training, state = checkpoint.load(folder)
+        if missing := [name for name in (*_STATE, "fixed") if name not in state]:
+            raise ValueError(
+                f"the checkpoint {folder} was written by another version (it has no {', '.join(missing)}): finish it "
+                "with that version, or start a new one from it with init.backbone"
+            )
         images, processes = (state["fixed"][name] for name in ("images", "processes"))
         if processes != self.accelerator.num_processes:
             raise ValueError(

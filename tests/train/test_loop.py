@@ -333,3 +333,15 @@ def test_plugins_that_split_the_network_are_refused(tiny, tmp_path, monkeypatch,
     with pytest.raises(ValueError, match=f"{name}.* is not supported yet.*launch without it"):
         train(tiny(), run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(tiny, tmp_path):
+    recipe = tiny(epochs=1)
+    train(recipe, run=tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "epoch-0001" / "state.json"
+    state = json.loads(path.read_text())
+    del state["best_score"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"epoch-0001 was written by another version \(it has no best_score\)"):
+        train(recipe, run=tmp_path / "run", resume=True)

@@ -3,11 +3,36 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from spikeformers.attention import SCALE, SSA, LearnableScaleSSA
+from spikeformers.attention import SCALE, SSA, LearnableScaleSSA, spike_attention
 from spikeformers.neurons import neuron_builder
 
 LIF = neuron_builder("lif")
+
+
+def test_spike_attention_follows_equation_15_by_hand():
+    # One head of width 2, three tokens as columns.
+    q = torch.tensor([[1.0, 0, 1], [0, 1, 1]])[None, None]
+    k = torch.tensor([[1.0, 1, 0], [0, 1, 0]])[None, None]
+    v = torch.tensor([[0.0, 1, 1], [1, 1, 0]])[None, None]
+    # Scores q_n . k_m: n=0: (1,1,0), n=1: (0,1,0), n=2: (1,2,0); then sums of v columns (0,1), (1,1), (1,0).
+    assert spike_attention(q, k, v)[0, 0].tolist() == [[1, 1, 2], [2, 1, 3]]
+
+
+@pytest.mark.parametrize("tokens", [3, 9, 50])
+def test_both_product_orders_are_equal_whichever_is_cheaper(tokens):
+    q, k, v = torch.randint(0, 5, (3, 2, 4, 8, tokens)).float().unbind()
+    mixed = spike_attention(q, k, v)
+    assert torch.equal(mixed, (v @ k.mT) @ q)
+    assert torch.equal(mixed, v @ (k.mT @ q))
+
+
+def test_the_cheaper_order_is_taken():
+    for tokens, flops in ((4, 2 * 2 * 4**2 * 16), (64, 2 * 2 * 64 * 16**2)):
+        with FlopCounterMode(display=False) as counter:
+            spike_attention(*torch.ones(3, 1, 1, 16, tokens).unbind())
+        assert counter.get_total_flops() == flops
 
 
 class Chosen(nn.Module):

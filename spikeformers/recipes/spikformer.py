@@ -18,6 +18,7 @@ squeezes whole pictures to a square, by a random crop that always fails; here th
 
 import dataclasses
 
+from spikeformers.backbones import ANN_TWIN
 from spikeformers.data.augment import Augment
 from spikeformers.data.images import ImageData
 from spikeformers.recipes.quick import cifar10_root
@@ -90,6 +91,19 @@ def cifar(size: str, classes: int) -> Recipe:
         label_smoothing=0.1,
         precision="bfloat16",
         workers=4,
+    )
+
+
+def cifar_ann(classes: int) -> Recipe:
+    """The ANN twin of 4-384 (GELU, softmax attention, T=1) by the same settings. Paper: 96.73/81.02."""
+    spiking = cifar("4_384", classes)
+    twin = {name: value for name, value in ANN_TWIN.items() if name in ("shortcut", "attention")}
+    return dataclasses.replace(
+        spiking,
+        name=f"transformer_4_384_cifar{classes}",
+        model=dataclasses.replace(
+            spiking.model, neuron=ANN_TWIN["neuron"], steps=ANN_TWIN["steps"], options=spiking.model.options | twin
+        ),
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spikeformers import create_model
+from spikeformers.neurons import Neuron
 from spikeformers.recipes import RECIPES, get
 from spikeformers.train.optimise import peak_rate
 from spikeformers.train.recipe import from_json, to_json
@@ -81,3 +82,17 @@ def test_pre_training_hides_three_quarters_and_finetuning_decays_by_layer():
     assert (tuned.pretrain.mask_ratio, tuned.epochs, tuned.optim.lr, tuned.optim.layer_decay) == (0, 150, 1e-3, 0.7)
     assert tuned.init.backbone == f"runs/{mae.name}"
     assert (t4.model.steps, t4.epochs, t4.optim.lr, t4.init.backbone) == (4, 20, 1e-5, f"runs/{tuned.name}")
+
+
+def test_the_ann_twin_of_cifar_is_the_same_network_without_spikes():
+    twin, spiking = get("transformer_4_384_cifar10"), get("spikformer_4_384_cifar10")
+    assert (twin.data, twin.optim, twin.epochs, twin.model.steps) == (spiking.data, spiking.optim, spiking.epochs, 1)
+    with torch.device("meta"):
+        models = [create_model(recipe.model.name, **recipe.model.overrides()) for recipe in (twin, spiking)]
+    assert [sum(each.numel() for each in model.parameters()) for model in models] == [9_324_730] * 2
+    assert not neurons(models[0])
+    assert neurons(models[1])
+
+
+def neurons(model):
+    return [module for module in model.modules() if isinstance(module, Neuron)]

@@ -235,9 +235,12 @@ def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> 
         largest = shape[1] // attention.heads * shape[2:].numel()
         for operand in operands:
             largest *= operand.levels
+        scale = float(attention.scale)
         for operand in operands:
-            attention.scale *= operand.unit
+            scale *= operand.unit
             operand.unit, operand.dtype = 1.0, torch.float32 if largest <= EXACT_FLOAT32 else torch.float64
+        del attention.scale  # a learnt one is a parameter, which a number may not replace
+        attention.scale = scale
 
 
 @contextmanager

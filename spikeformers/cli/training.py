@@ -14,25 +14,16 @@ from spikeformers.cli.settings import configured
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spikeformers.train.recipe import Recipe
+
 
 def train(arguments: Namespace) -> None:
     """Train a classifier by a recipe, once or for each seed, write the reports and print the results."""
-    from spikeformers import recipes
-
-    if recipes.get(arguments.recipe).pretrain.mask_ratio:
-        raise ValueError(f"{arguments.recipe} pre-trains without labels: spikeformers pretrain {arguments.recipe}")
     run_recipe(arguments, command="train", seeds=read_seeds(arguments.seeds))
 
 
 def pretrain(arguments: Namespace) -> None:
     """Pre-train an encoder by a recipe, write the report with its pictures, and say how to finetune it."""
-    from spikeformers import recipes
-
-    if not recipes.get(arguments.recipe).pretrain.mask_ratio:
-        known = ", ".join(name for name in recipes.RECIPES if recipes.get(name).pretrain.mask_ratio)
-        raise ValueError(
-            f"{arguments.recipe} trains with labels: spikeformers train {arguments.recipe}; to pre-train: {known}"
-        )
     run = run_recipe(arguments, command="pretrain", seeds=[])
     if is_main_process():
         print(f"finetune it: spikeformers train RECIPE --set init.backbone={run}, with a recipe of the same network")
@@ -52,6 +43,7 @@ def run_recipe(arguments: Namespace, *, command: str, seeds: list[int]) -> Path:
     common = {"run": run, "resume": arguments.resume, "console": main_console()}
     try:
         recipe = configured(arguments, run)
+        check_command(recipe, command)
         if seeds:
             found = train_seeds(recipe, seeds, **common)
             results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
@@ -72,6 +64,16 @@ def run_recipe(arguments: Namespace, *, command: str, seeds: list[int]) -> Path:
     if len(seeds) > 1 and is_main_process():
         print_spread(seeds, list(results.values()))
     return run
+
+
+def check_command(recipe: "Recipe", command: str) -> None:
+    """Raises ValueError if a recipe, as it is after --set, is one for the other command."""
+    other = "pretrain" if recipe.pretrain.mask_ratio else "train"
+    if other != command:
+        does = "pre-trains without labels" if other == "pretrain" else "trains with labels"
+        raise ValueError(
+            f"{recipe.name} {does} (pretrain.mask_ratio={recipe.pretrain.mask_ratio:g}): use `spikeformers {other}`"
+        )
 
 
 def read_seeds(text: str) -> list[int]:

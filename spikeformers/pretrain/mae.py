@@ -15,7 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from spikeformers.backbones import MetaSpikeFormer, Spikformer
-from spikeformers.layers.masked import Visible, masked
+from spikeformers.layers.masked import SPATIAL, Visible, masked
+from spikeformers.neurons import Neuron
 
 TARGET_EPSILON = 1e-6  # beside the variance of a patch, as in MAE
 
@@ -83,7 +84,9 @@ class MAE(nn.Module):
         normalise_target: bool = True,
     ) -> None:
         super().__init__()
+        encoder = getattr(encoder, "_orig_mod", encoder)  # a compiled one would not hear the hooks of masking
         self._encode = _encoding_of(encoder)
+        _check_silence(encoder)
         self.patch_size = encoder.feature_info.strides[-1]
         if image_size % self.patch_size:
             raise ValueError(f"image_size must be a multiple of the patch size {self.patch_size}, got {image_size}")
@@ -114,16 +117,32 @@ class MAE(nn.Module):
         tokens, places = self.encode(images, visible)
         return Reconstruction(self.decoder(tokens, places), visible)
 
+    @torch.compiler.disable  # hooks come and go inside
     def encode(
         self, images: Float[Tensor, "B C S S"], visible: Bool[Tensor, "B h w"]
     ) -> tuple[Float[Tensor, "B V D"], Int64[Tensor, "B V"]]:
-        """What the encoder makes of the visible patches, averaged over time, and which patches these are."""
-        count = visible.flatten(1).sum(1)
-        if tuple(visible.shape[1:]) != self.grid or not bool((count == count[0]).all()):
-            raise ValueError(f"visible must be [B, {self.grid[0]}, {self.grid[1]}], equally many for each image")
+        """What the encoder makes of the visible patches, averaged over time, and which patches these are.
+
+        Raises ValueError for images of another size, or a mask that does not fit them.
+        """
+        self._check(images, visible)
         places = visible.flatten(1).nonzero()[:, 1].view(len(images), -1)
         tokens = self._encode(self.encoder, images, Visible(visible), places)
         return self.encoder.time_mean(tokens).mT, places
+
+    def _check(self, images: Tensor, visible: Tensor) -> None:
+        side, channels = self.grid[0] * self.patch_size, self.encoder.config.in_channels
+        if tuple(images.shape[1:]) != (channels, side, side):
+            raise ValueError(f"images must be [B, {channels}, {side}, {side}], got shape {tuple(images.shape)}")
+        wanted = (len(images), *self.grid)
+        if tuple(visible.shape) != wanted or visible.dtype != torch.bool:
+            raise ValueError(
+                f"visible must be {list(wanted)} of torch.bool, got {list(visible.shape)} of {visible.dtype}: give one "
+                "grid for each image, as draw_mask does"
+            )
+        counts = visible.flatten(1).sum(1).unique().tolist()
+        if len(counts) > 1 or counts == [0]:
+            raise ValueError(f"every image must have equally many visible cells, at least one; got {counts}")
 
     def patchify(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N P"]:
         """Pixels of each patch, rows first, channels last."""
@@ -145,7 +164,12 @@ class MAE(nn.Module):
         return (patches - mean) / (variance + TARGET_EPSILON).sqrt()
 
     def image_losses(self, images: Float[Tensor, "B C S S"], drawn: Reconstruction) -> Float[Tensor, " B"]:
-        """Squared error of each image, averaged over the pixels of a patch and over hidden patches only."""
+        """Squared error of each image, averaged over the pixels of a patch and over hidden patches only.
+
+        Raises ValueError if nothing was hidden.
+        """
+        if bool(drawn.visible.all()):
+            raise ValueError("every patch was visible: there is no hidden one to draw, so no loss")
         error = (drawn.patches.to(images.dtype) - self.target(images)).square().mean(-1)
         hidden = ~drawn.visible.flatten(1)
         return (error * hidden).sum(1) / hidden.sum(1)
@@ -171,7 +195,7 @@ def _gather_tokens(x: Tensor, places: Tensor) -> Float[Tensor, "TB C V"]:
 
 
 def _encode_spikformer(encoder: Spikformer, images: Tensor, visible: Visible, places: Tensor) -> Tensor:
-    """The stem on covered maps, the blocks on visible tokens: a map of one row."""
+    """The stem on covered maps, the blocks on visible tokens: a map of one row, where no layer may mix neighbours."""
     with masked(encoder.stem, visible):
         tokens = encoder.stem(encoder.door(visible.cover(images)))[-1]
     return encoder.blocks(_gather_tokens(tokens, places).unsqueeze(2)).flatten(2)
@@ -183,6 +207,16 @@ def _encode_meta_spikeformer(encoder: MetaSpikeFormer, images: Tensor, visible: 
         return _gather_tokens(encoder.forward_features(visible.cover(images))[-1], places)
 
 
+def _check_silence(encoder: nn.Module) -> None:
+    """Raises ValueError for a neuron that fires without input: it would at hidden positions too."""
+    for name, neuron in encoder.named_modules():
+        if not isinstance(neuron, Neuron):
+            continue
+        silence = torch.zeros(neuron.steps, 1, device=next(encoder.parameters()).device)
+        if neuron(silence).any():
+            raise ValueError(f"{name} fires without input, so hidden positions cannot stay silent: {neuron}")
+
+
 ENCODINGS: dict[type[nn.Module], Callable] = {
     Spikformer: _encode_spikformer,
     MetaSpikeFormer: _encode_meta_spikeformer,
@@ -190,6 +224,13 @@ ENCODINGS: dict[type[nn.Module], Callable] = {
 
 
 def _encoding_of(encoder: nn.Module) -> Callable:
+    for name, layer in encoder.named_modules():
+        mixes = isinstance(layer, SPATIAL) and layer.kernel_size not in (1, (1, 1))
+        if mixes and isinstance(encoder, Spikformer) and name.startswith("blocks."):
+            raise ValueError(
+                f"{name} mixes neighbours ({layer}), but blocks get visible tokens only, whose neighbours are gone: "
+                "pre-train with an attention of 1x1 layers"
+            )
     for kind, encode in ENCODINGS.items():
         if isinstance(encoder, kind):
             return encode

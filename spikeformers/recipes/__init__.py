@@ -31,7 +31,7 @@ for _size in ("4_256", "2_384", "4_384"):
     RECIPES[f"spikformer_{_size}_cifar10"] = partial(spikformer.cifar, _size, 10)
     RECIPES[f"spikformer_{_size}_cifar100"] = partial(spikformer.cifar, _size, 100)
 for _classes in (10, 100):
-    RECIPES[f"transformer_4_384_cifar{_classes}"] = partial(spikformer.cifar_ann, _classes)
+    RECIPES[f"spikformer_4_384_cifar{_classes}_ann"] = partial(spikformer.cifar_ann, _classes)
 for _size in ("8_384", "8_512", "12_512", "12_768", "16_768"):
     RECIPES[f"spikformer_v2_{_size}_imagenet"] = partial(spikformer.v2_imagenet, _size)
     RECIPES[f"spikformer_v2_{_size}_imagenet_t4"] = partial(spikformer.v2_imagenet_t4, _size)

@@ -67,7 +67,7 @@ def cifar10_small() -> Recipe:
 
 
 def digits_mae() -> Recipe:
-    """The digits without labels: masked pre-training of a small Spikformer V2, a minute on one core.
+    """The digits without labels: masked pre-training of a small Spikformer V2.
 
     spikeformers pretrain digits_mae
     """

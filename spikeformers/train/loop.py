@@ -344,7 +344,7 @@ class _Work:
             values |= self.last.metrics()
             better = self.best_score is None or self.last.score >= self.best_score
             sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))
-            values["firing_rate"] = firing_rates(self.tested, [sample])[1]
+            values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])[1]
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {

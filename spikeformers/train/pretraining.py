@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 
 from spikeformers.data.images import statistics
+from spikeformers.layers.masked import Visible
 from spikeformers.pretrain import MAE
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.evaluate import batches_of, evaluating, firing_rates
@@ -46,6 +47,19 @@ class MaskedModelling:
     """Draw the hidden patches of an image from the visible ones; labels are not looked at."""
 
     def __init__(self, recipe: Recipe) -> None:
+        """Raises ValueError for settings that only labels could use."""
+        augment = recipe.data.augment
+        labelled = {
+            "data.augment.mixup": augment.mixup,
+            "data.augment.cutmix": augment.cutmix,
+            "label_smoothing": recipe.label_smoothing,
+            "distill.teacher": recipe.distill.teacher,
+        }
+        for field, value in labelled.items():
+            if value:
+                raise ValueError(
+                    f"{field}={value} is of no use in pre-training (pretrain.mask_ratio > 0): leave it out"
+                )
         self.sizes = dataclasses.asdict(recipe.pretrain) | {"image_size": recipe.data.size}
 
     def wrap(self, network: nn.Module) -> MAE:
@@ -53,6 +67,10 @@ class MaskedModelling:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not name.startswith(("head.", "head_kd.")))
         return MAE(network, **self.sizes)
+
+    def network(self, model: MAE) -> nn.Module:
+        """The encoder, whose firing on whole images is what a finetuned network starts from."""
+        return model.encoder
 
     def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
         """Scalar loss of images [B,C,S,S], with masks from the global generator."""
@@ -96,8 +114,7 @@ class MaskedModelling:
         model.encoder.save_pretrained(run / "model")
         draw(model, split, run / PICTURES)
         loader = batches_of(split, batch_size=recipe.batch_size, images=recipe.testing.energy_images)
-        torch.manual_seed(0)  # of the masks under which firing is measured
-        rates, firing_rate = firing_rates(model, loader)
+        rates, firing_rate = firing_rates(model.encoder, loader)
         summary = PretrainSummary(
             recipe=to_json(recipe),
             model=recipe.model.name,
@@ -110,7 +127,7 @@ class MaskedModelling:
             visible=model.num_visible,
             patches=model.grid[0] * model.grid[1],
             firing_rate=firing_rate,
-            layers={name.removeprefix("encoder."): rate for name, rate in rates.items()},
+            layers=rates,
             **circumstances(),
         )
         write_json(run / "summary.json", dataclasses.asdict(summary))
@@ -122,10 +139,9 @@ def draw(model: MAE, split: Dataset, path: Path) -> None:
     images, _ = next(iter(batches_of(split, batch_size=_PICTURED, images=_PICTURED)))
     visible = model.draw_mask(images, generator=torch.Generator().manual_seed(0))
     drawn = model(images, visible)
-    seen = visible.repeat_interleave(model.patch_size, 1).repeat_interleave(model.patch_size, 2)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics(split.spec))
     shown = [(pictures * std + mean).clamp(0, 1) for pictures in (images, model.picture(images, drawn))]
-    columns = [shown[0], torch.where(seen.unsqueeze(1), shown[0], 0.5), shown[1]]
+    columns = [shown[0], torch.where(Visible(visible).at(images).unsqueeze(1), shown[0], 0.5), shown[1]]
     tiles = torch.stack(columns, 1).flatten(0, 1)
     partial = path.with_name(f".tmp-{path.name}")
     save_image(make_grid(tiles, nrow=len(columns), padding=_GAP, pad_value=1.0), partial, format="png")

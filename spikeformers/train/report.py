@@ -98,7 +98,7 @@ def pretraining_tiles(summary: dict) -> list[tuple[str, str, str]]:
     return [
         ("Loss of hidden patches", f"{summary['loss']:.4f}", f"last epoch; best {summary['best_loss']:.4f}"),
         ("Visible patches", f"{summary['visible']} of {summary['patches']}", "of each image, drawn anew each time"),
-        ("Firing rate", f"{100 * summary['firing_rate']:.1f} %", "of the largest count, visible patches only"),
+        ("Firing rate", f"{100 * summary['firing_rate']:.1f} %", "of the largest count, on whole images"),
         ("Parameters", short(summary["parameters"]), f"and {short(summary['decoder_parameters'])} of the decoder"),
     ]
 

@@ -41,7 +41,9 @@ def short(value: float) -> str:
 
 def print_results(summary: "Summary | PretrainSummary", report: Path) -> None:
     """What a run achieved."""
-    rows = pretraining_rows(summary) if hasattr(summary, "decoder_parameters") else training_rows(summary)
+    from spikeformers.train.summary import PretrainSummary
+
+    rows = pretraining_rows(summary) if isinstance(summary, PretrainSummary) else training_rows(summary)
     print_facts(f"{summary.recipe['name']}: {summary.model}", [*rows, ("Report", str(report))])
 
 

@@ -28,6 +28,8 @@ def train_seeds(
     recipe: Recipe, seeds: Sequence[int], *, run: Path, resume: bool = False, console: Console | None = None
 ) -> SeedsSummary:
     """Train `recipe` once for each seed, in `run/seed-S`, and write `run/seeds.json`. Raises as `train` does."""
+    if recipe.pretrain.mask_ratio:
+        raise ValueError(f"{recipe.name} pre-trains: it has no accuracy to average; train its seeds one by one")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
     summaries = [

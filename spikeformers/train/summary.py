@@ -53,7 +53,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class PretrainSummary:
-    """A finished pre-training. `loss`: of hidden patches of the test split; `visible` of `patches` are seen."""
+    """A finished pre-training. `loss`: of hidden patches of the test split; `visible` of `patches` are seen.
+
+    Firing rates are the encoder's on whole images.
+    """
 
     recipe: dict
     model: str

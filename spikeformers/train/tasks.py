@@ -69,6 +69,9 @@ class Task(Protocol):
     def wrap(self, network: nn.Module) -> nn.Module:
         """The module to train, with `network` inside."""
 
+    def network(self, model: nn.Module) -> nn.Module:
+        """The network inside the module that `wrap` gave, as it will be used."""
+
     def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
         """Scalar loss of one batch; calls `model` once."""
 
@@ -90,7 +93,7 @@ class Task(Protocol):
 
 
 class Classification:
-    """The loss of one batch. Mixing draws from the global generators, which the loop seeds for each step."""
+    """Labels from images. Mixing draws from the global generators, which the loop seeds for each step."""
 
     def __init__(
         self,
@@ -106,6 +109,9 @@ class Classification:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         return network
+
+    def network(self, model: nn.Module) -> nn.Module:
+        return model
 
     def test(self, model: nn.Module, loader: DataLoader, *, accelerator: Accelerator | None = None) -> Evaluation:
         return evaluate(model, loader, accelerator=accelerator)

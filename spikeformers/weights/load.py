@@ -20,7 +20,7 @@ from spikeformers.weights import meta_spikeformer, spikformer
 
 KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer, Spikformer: spikformer}
 WRAPPERS = ("module.", "model.", "backbone.")  # DistributedDataParallel, mmengine, mmseg and mmdet
-ENCODER = "encoder."  # where a masked autoencoder keeps the network that it pre-trains
+ENCODER, DECODER = "encoder.", "decoder."  # a masked autoencoder: the network that it pre-trains, and the rest
 OTHER_NETWORKS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.")
 
 
@@ -80,8 +80,8 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
 
     Strict: every tensor of the network must be there, and every tensor of the file must be known. Tensors that the
     authors' network builds and never uses are dropped. Only classifiers may differ: a distillation head that the model
-    lacks is dropped too, heads that a segmentation or detection file lacks keep
-    their values, and the report says so.  Raises ValueError otherwise, and the model is then unchanged.
+    lacks is dropped too, heads that a segmentation or detection file lacks keep their values, and the report says so.
+    Raises ValueError otherwise, and the model is then unchanged.
     """
     names = KEY_MAPS.get(type(model))
     if names is None:
@@ -127,10 +127,11 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     if path.is_dir():
         path = _weights_in(path)
     weights = read_checkpoint(path)
-    if any(key.startswith(ENCODER) for key in weights):  # a pre-training that is still going: its decoder stays there
-        weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key.startswith(ENCODER)}
     names = KEY_MAPS.get(type(model))
     dropped: list[str] = []
+    if all(key.startswith((ENCODER, DECODER)) for key in weights):  # a pre-training that is still going
+        dropped = [key for key in weights if key.startswith(DECODER)]
+        weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key not in dropped}
     if names is not None and not set(weights) & set(model.state_dict()) - {"head.weight", "head.bias"}:
         dropped = [key for key in weights if names.UNUSED.fullmatch(_unwrapped(key))]
         used = {key: tensor for key, tensor in weights.items() if key not in dropped}

@@ -55,8 +55,10 @@ def test_resuming_a_finished_pre_training_reads_it(said_by, pretrained):
 
 def test_each_command_names_the_other_for_its_recipes(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "spikeformers pretrain spikformer_v2_cifar10_mae" in refused("train", "spikformer_v2_cifar10_mae")
-    assert "spikeformers train digits" in refused("pretrain", "digits")
+    assert "use `spikeformers pretrain`" in refused("train", "digits_mae")
+    assert "use `spikeformers train`" in refused("pretrain", "digits")
+    assert "use `spikeformers train`" in refused("pretrain", "digits_mae", "--set", "pretrain.mask_ratio=0")
+    assert "use `spikeformers pretrain`" in refused("train", "digits", "--set", "pretrain.mask_ratio=0.5")
     assert not list(tmp_path.iterdir())
 
 

@@ -75,3 +75,26 @@ def test_the_layers_are_the_dense_ones_again_afterwards():
     with pytest.raises(ZeroDivisionError), masked(chain, Visible(checkerboard())):
         raise ZeroDivisionError
     assert torch.equal(chain(x), before)
+
+
+def test_what_stands_at_hidden_positions_does_not_matter_not_even_if_it_is_no_number():
+    visible, x = Visible(checkerboard()), torch.full((2, 3, 8, 8), torch.nan)
+    x = torch.where(visible.at(x)[:, None], torch.ones_like(x), x)
+    assert visible.cover(x).sum() == 2 * 3 * 32
+
+
+def test_the_layout_in_memory_stays():
+    visible, x = Visible(checkerboard()), torch.randn(2, 3, 8, 8)
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        assert visible.scatter(visible.gather(given), given).stride() == given.stride()
+
+
+def test_norms_over_positions_and_a_second_mask_are_refused():
+    visible, chain = Visible(checkerboard()), ConvBN(3, 4, 3)
+    with (
+        pytest.raises(ValueError, match="1 is a GroupNorm, which cannot be masked"),
+        masked(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), visible),
+    ):
+        pass
+    with masked(chain, visible), pytest.raises(ValueError, match="bn is under a mask already"), masked(chain, visible):
+        pass

@@ -85,7 +85,7 @@ def test_pre_training_hides_three_quarters_and_finetuning_decays_by_layer():
 
 
 def test_the_ann_twin_of_cifar_is_the_same_network_without_spikes():
-    twin, spiking = get("transformer_4_384_cifar10"), get("spikformer_4_384_cifar10")
+    twin, spiking = get("spikformer_4_384_cifar10_ann"), get("spikformer_4_384_cifar10")
     assert (twin.data, twin.optim, twin.epochs, twin.model.steps) == (spiking.data, spiking.optim, spiking.epochs, 1)
     with torch.device("meta"):
         models = [create_model(recipe.model.name, **recipe.model.overrides()) for recipe in (twin, spiking)]

@@ -16,9 +16,10 @@ from spikeformers.train.evaluate import batches_of
 from spikeformers.train.logs import read_log
 from spikeformers.train.loop import build_model, train
 from spikeformers.train.pretraining import PICTURES, MaskedModelling
-from spikeformers.train.recipe import Init, ModelChoice, Optim, Pretrain, Saving
+from spikeformers.train.recipe import Distill, Init, ModelChoice, Optim, Pretrain, Saving, override
 from spikeformers.train.report import write_report
 from spikeformers.train.saved import read_run
+from spikeformers.train.seeds import train_seeds
 from spikeformers.train.summary import PretrainSummary, read_summary
 from spikeformers.weights import load_backbone
 
@@ -143,3 +144,20 @@ def fresh_accelerator():
     yield
     AcceleratorState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"label_smoothing": 0.1}, "label_smoothing=0.1"), ({"distill": Distill(teacher="resnet18")}, "distill.teacher")],
+)
+def test_settings_that_only_labels_could_use_are_refused(mae, tmp_path, changes, named):
+    with pytest.raises(ValueError, match=f"{named}.* is of no use in pre-training"):
+        train(mae(**changes), run=tmp_path / "run")
+    mixed = override(mae(), "data.augment.mixup", "0.8")
+    with pytest.raises(ValueError, match=r"mixup=0.8 is of no use"):
+        train(mixed, run=tmp_path / "run")
+
+
+def test_seeds_of_a_pre_training_are_refused(mae, tmp_path):
+    with pytest.raises(ValueError, match="it has no accuracy to average"):
+        train_seeds(mae(), [0, 1], run=tmp_path)

@@ -201,3 +201,13 @@ def test_prefixes_of_wrappers_do_not_hide_other_networks(official):
     wrapped = {f"module.backbone.{k}": v for k, v in official.items() if not k.startswith("head")}
     report = load_official(model_of(), wrapped | {"module.decode_head.w": torch.zeros(1)})
     assert report.dropped == ("module.decode_head.w",)
+
+
+def test_a_checkpoint_of_a_pre_training_drops_its_decoder_by_name_and_others_nothing(tmp_path):
+    model = model_of()
+    weights = {f"encoder.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(weights | {"decoder.norm.weight": torch.zeros(3)}, tmp_path / "mae.safetensors")
+    assert load_backbone(model_of(), tmp_path / "mae.safetensors").dropped == ("decoder.norm.weight",)
+    save_file(weights | {"anything.else": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected|holds no weight"):
+        load_backbone(model_of(), tmp_path / "other.safetensors")

@@ -24,6 +24,8 @@ class Entry:
     config: Any  # a frozen dataclass with build()
     stem: str
     paper: str
+    data: str = "imagenet"  # what the paper trains it on: "imagenet", "cifar10" or "events"
+    image_size: int = 224  # pixels a side there
 
 
 META_SPIKEFORMER = "Spike-driven Transformer V2: Meta Spiking Neural Network Architecture (ICLR 2024)"
@@ -33,10 +35,17 @@ SPIKFORMER = {
     "v2": "Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket (2024)",
 }
 
+
+def _seen_by(spikformer_name: str) -> tuple[str, int]:
+    """Data and image size of a Spikformer."""
+    kinds = {"spikformer_cifar": ("cifar10", 32), "spikformer_dvs": ("events", 128)}
+    return next((seen for prefix, seen in kinds.items() if spikformer_name.startswith(prefix)), ("imagenet", 224))
+
+
 CATALOGUE: dict[str, Entry] = {
     name: Entry(config, "meta_spikeformer", META_SPIKEFORMER) for name, config in meta_spikeformer.SIZES.items()
 } | {
-    name: Entry(config, "spikformer", SPIKFORMER["v2" if config.stem == "scs" else "v1"])
+    name: Entry(config, "spikformer", SPIKFORMER["v2" if config.stem == "scs" else "v1"], *_seen_by(name))
     for name, config in spikformer.SIZES.items()
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import spikeformers as sf
+from spikeformers.zoo import CATALOGUE
 
 TINY = {"dims": (8, 16, 16, 24), "num_classes": 5, "blocks": (1, 1, 0, 1, 0), "heads": 4}
 
@@ -106,3 +107,10 @@ def test_a_strange_config_is_refused(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json"):
         sf.from_pretrained(tmp_path)
+
+
+def test_each_entry_says_what_its_network_is_shown():
+    shown = {name: (entry.data, entry.image_size) for name, entry in CATALOGUE.items()}
+    assert shown["spikformer_cifar_4_384"] == ("cifar10", 32)
+    assert shown["spikformer_dvs_2_256"] == ("events", 128)
+    assert shown["spikformer_v2_8_512"] == shown["meta_spikeformer_55m"] == ("imagenet", 224)

@@ -32,7 +32,7 @@ def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataL
         raise ValueError(f"--images must be at least 1, got {images}")
     import torch
 
-    from spikeformers import create_model, list_models
+    from spikeformers import create_model, list_models, zoo
     from spikeformers.data.images import load_split
     from spikeformers.train.evaluate import batches_of
     from spikeformers.train.saved import read_run, read_trained
@@ -45,12 +45,12 @@ def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataL
         return model, loader, f"{source}: trained weights, {count} images of its test split"
     fresh = source in list_models() or not (Path(source).is_dir() or "/" in source)
     model, weights = (create_model(source), "RANDOM weights") if fresh else (read_trained(source)[0], "saved weights")
-    count = images or RANDOM_IMAGES
-    batch = torch.randn(count, model.config.in_channels, 224, 224, generator=torch.Generator().manual_seed(0))
+    count, side = images or RANDOM_IMAGES, zoo.CATALOGUE[model.origin.name].image_size
+    batch = torch.randn(count, model.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     if fresh:
         settle_batch_norm(model, batch)
-    note = f"{source}: {weights}, {count} RANDOM images of 224x224: firing rates and energy are not those of real use"
-    return model, batch, note
+    drawn = f"{count} RANDOM images of {side}x{side}"
+    return model, batch, f"{source}: {weights}, {drawn}: firing rates and energy are not those of real use"
 
 
 def settle_batch_norm(model: "nn.Module", images: "Tensor") -> None:

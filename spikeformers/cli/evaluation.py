@@ -40,7 +40,9 @@ def predict(arguments: Namespace) -> None:
     model, spec, classes = read_trained(arguments.model)
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
     if run_of(Path(arguments.model)) is None:
-        print(f"{arguments.model}: no recipe beside it, so images are read as ImageNet's: {spec.size}x{spec.size}")
+        print(
+            f"{arguments.model}: no recipe beside it, so images are read at {spec.size}x{spec.size} as its paper does"
+        )
     for file, image in zip(arguments.files, images, strict=True):
         batch = image[None]
         with torch.no_grad():

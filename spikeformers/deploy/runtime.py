@@ -235,7 +235,7 @@ def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> 
         largest = shape[1] // attention.heads * shape[2:].numel()
         for operand in operands:
             largest *= operand.levels
-        scale = float(attention.scale)
+        scale = attention.scale.item() if isinstance(attention.scale, Tensor) else attention.scale
         for operand in operands:
             scale *= operand.unit
             operand.unit, operand.dtype = 1.0, torch.float32 if largest <= EXACT_FLOAT32 else torch.float64

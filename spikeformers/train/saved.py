@@ -10,9 +10,12 @@ from spikeformers.data.images import ImageData
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.summary import PretrainSummary, read_summary
-from spikeformers.zoo import from_pretrained, list_models
+from spikeformers.zoo import CATALOGUE, from_pretrained, list_models
 
-IMAGENET = {"source": "imagefolder", "size": 224, "eval_crop": 0.875}  # how the papers' networks see a picture
+PICTURES = {  # how the papers' networks see a picture
+    "imagenet": {"source": "imagefolder", "size": 224, "eval_crop": 0.875},
+    "cifar10": {"source": "cifar10", "size": 32},
+}
 
 
 def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
@@ -56,8 +59,9 @@ def run_of(folder: Path) -> Path | None:
 def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
     """Model, how to read images for it, and class names of a run or of a saved model.
 
-    A saved model without a run has neither: its images are read as the papers read ImageNet's, and its classes are
-    ImageNet's if there are 1000, else numbers. Raises ValueError where there is no such folder or no weights in it.
+    A saved model without a run has neither: its images are read as its paper does, and its classes are ImageNet's if
+    there are 1000, else numbers. Raises ValueError where there is no such folder or no weights in it, and for a network
+    that takes events.
     """
     folder = Path(source)
     if run := run_of(folder):
@@ -68,7 +72,10 @@ def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
     if not folder.is_dir():
         raise ValueError(f"no such folder: {source} (wanted: a run, or a model saved by `weights import`)")
     model = from_pretrained(folder)
-    spec = ImageData(**IMAGENET, in_channels=model.config.in_channels)
+    data = CATALOGUE[model.origin.name].data
+    if data not in PICTURES:
+        raise ValueError(f"{source} is a {model.origin.name}, which takes clips of {data}, not pictures")
+    spec = ImageData(**PICTURES[data], in_channels=model.config.in_channels)
     return model, spec, class_labels(model.config.num_classes)
 
 

@@ -403,7 +403,7 @@ def test_a_fused_network_equals_the_original_in_every_spike_and_logit(overrides)
     assert all(counts.any() for counts in wanted.values())
 
 
-@pytest.mark.parametrize("overrides", NETWORKS, ids=str)
+@pytest.mark.parametrize("overrides", [*NETWORKS, {"attention": "ssa_learnable"}, {"attention": "relu"}], ids=str)
 def test_apart_from_weight_rounding_the_integer_engine_is_the_float_network(overrides):
     model, images = awake(tiny(**overrides, dim=32)), pictures(16)
     spike_fed = integer(model.float(), images.float()).spike_fed

@@ -24,3 +24,9 @@ def test_energy_of_a_name_says_that_nothing_is_real(said_by):
     out = said_by("energy", "meta_spikeformer_15m", "--images", "1")[1]
     assert "RANDOM weights, 1 RANDOM images" in out
     assert float(re.search(r"Firing rate ([\d.]+) %", out)[1]) > 1  # batch norm settled: the network is not silent
+
+
+def test_energy_of_a_name_is_counted_at_the_size_its_paper_has(said_by):
+    code, out, err = said_by("energy", "spikformer_cifar_2_384", "--images", 1)
+    assert code == 0, err
+    assert "1 RANDOM images of 32x32" in out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spikeformers import create_model
 from spikeformers.data.augment import to_pil
 from spikeformers.data.images import ImageData, load_split
 
@@ -48,7 +49,9 @@ def test_predict_reads_a_saved_model_as_its_run_does_or_says_how(said_by, traine
     shutil.copytree(trained[0] / "model", tmp_path / "alone")
     code, out, err = said_by("predict", tmp_path / "alone", digit)
     assert code == 0, err
-    assert out.startswith(f"{tmp_path / 'alone'}: no recipe beside it, so images are read as ImageNet's: 224x224\n")
+    assert out.startswith(
+        f"{tmp_path / 'alone'}: no recipe beside it, so images are read at 224x224 as its paper does\n"
+    )
     assert out.count(" %  ") == 5
 
 
@@ -70,3 +73,13 @@ def test_an_unfinished_run_is_reported_but_not_tested(said_by, refused, trained,
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
     assert "not finished" in refused("eval", tmp_path)
     assert said_by("report", tmp_path)[0] == 0
+
+
+def test_a_saved_cifar_network_reads_pictures_at_32_pixels_and_an_event_network_none(said_by, refused, digit, tmp_path):
+    cifar = create_model("spikformer_cifar_4_384", dim=16, depth=1, heads=2, steps=1)
+    cifar.save_pretrained(tmp_path / "cifar")
+    code, out, err = said_by("predict", tmp_path / "cifar", digit)
+    assert code == 0, err
+    assert "read at 32x32 as its paper does" in out
+    create_model("spikformer_dvs_2_256", dim=16, depth=1, heads=2, steps=1).save_pretrained(tmp_path / "events")
+    assert "takes clips of events, not pictures" in refused("predict", tmp_path / "events", digit)

@@ -9,10 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from spikeformers.data.images import ImageSplit
-from spikeformers.train.loop import train
+from spikeformers.data.images import ImageSplit, load_split
+from spikeformers.train import checkpoint
+from spikeformers.train.evaluate import batches_of
+from spikeformers.train.loop import build_model, train
 from spikeformers.train.parallel import SyncedBatchNorm2d, sync_bn
-from spikeformers.train.recipe import Optim, Saving, override
+from spikeformers.train.pretraining import MaskedModelling
+from spikeformers.train.recipe import ModelChoice, Optim, Pretrain, Saving, override
+from spikeformers.train.summary import read_summary
 
 
 def spoil(part):
@@ -61,14 +65,17 @@ def trained(tiny, tmp_path):
     with socket.socket() as free_port:
         free_port.bind(("127.0.0.1", 0))
         port = free_port.getsockname()[1]
-    jobs = [(free, tmp_path / "free2"), (synced, tmp_path / "synced2")]
+    v2 = ModelChoice(name="spikformer_v2_8_384", options={"dim": 16, "depth": 1, "heads": 2, "patch_size": 4})
+    pretrain = Pretrain(mask_ratio=0.75, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    mae = dataclasses.replace(synced, model=v2, pretrain=pretrain, ema_decay=0.9)
+    jobs = [(free, tmp_path / "free2"), (synced, tmp_path / "synced2"), (mae, tmp_path / "mae2")]
     spoilt = {part: (base, tmp_path / part) for part in ("train", "test")}
     torch.multiprocessing.spawn(work, (port, jobs, spoilt), nprocs=2)
-    return free, synced, tmp_path
+    return free, synced, mae, tmp_path
 
 
 def test_two_processes_equal_one(trained):
-    free, synced, folder = trained
+    free, synced, mae, folder = trained
     train(dataclasses.replace(free, accumulate=2), run=folder / "free1")
     train(dataclasses.replace(synced, batch_size=8), run=folder / "synced1")
 
@@ -81,6 +88,14 @@ def test_two_processes_equal_one(trained):
     assert any("running_var" in key for key in one)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-11, msg=key)
+
+    # Masked pre-training: both processes train one network, and the test loss is that of one process on all images.
+    model = MaskedModelling(mae).wrap(build_model(mae, num_classes=10, in_channels=1)).double()
+    stored, averaged, _ = checkpoint.load(folder / "mae2" / "checkpoints" / "epoch-0001")
+    assert any(not torch.equal(stored[name], value) for name, value in model.state_dict().items())
+    model.load_state_dict(averaged["ema"])
+    found = MaskedModelling(mae).test(model, batches_of(load_split(mae.data, "test"), batch_size=mae.batch_size))
+    assert read_summary(folder / "mae2").loss == pytest.approx(found.loss, rel=1e-9)
 
     # What is not finite in one process only ends both, with the same words; a deadlock would be the alternative.
     for part, message in (("train", "an input image has values that are not finite"), ("test", "test batch 0 gives")):

@@ -40,7 +40,22 @@ class SPSBlock(nn.Module):
         return self.pool(self.neuron(self.conv(x)))
 
 
-class SPS(nn.Module):
+class _Stem(nn.Module):
+    """Blocks in a row; the map behind each, fine to coarse."""
+
+    blocks: nn.ModuleList
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def forward(self, x: Real[Tensor, "TB C H W"]) -> list[Real[Tensor, "TB _ _ _"]]:
+        maps = []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x)
+        return maps
+
+
+class SPS(_Stem):
     """Spiking patch splitting: four blocks of D/8, D/4, D/2, D channels, then the position embedding RPE.
 
     The last log2(patch_size) blocks pool; RPE is SN(BN(Conv2d(x))), added by the shortcut.  Source: Eqs. 1-3, 7.
@@ -64,12 +79,8 @@ class SPS(nn.Module):
         self.rpe = ConvBN(dim, dim, 3)
 
     def forward(self, x: Real[Tensor, "TB C H W"]) -> list[Real[Tensor, "TB _ _ _"]]:
-        maps = []
-        for block in self.blocks:
-            x = block(x)
-            maps.append(x)
-        maps[-1] = self.rpe_shortcut(x, self.rpe)
-        return maps
+        *finer, tokens = super().forward(x)
+        return [*finer, self.rpe_shortcut(tokens, self.rpe)]
 
 
 def stem_layers(dim: int, *, neuron: NeuronBuilder, layers: int, kernel: int, ratio: int = 4) -> nn.Sequential:
@@ -106,7 +117,7 @@ class SCSBlock(nn.Module):
         return x if self.branch is None else self.shortcut(x, self.branch)
 
 
-class SCS(nn.Module):
+class SCS(_Stem):
     """Spiking convolutional stem: log2(patch_size) blocks, each half the size and twice the width of the one before.
 
     `branch`: builder of each block's convolutions (see `stem_layers`), None for down-sampling alone.
@@ -133,13 +144,6 @@ class SCS(nn.Module):
             SCSBlock(*width, branch=branch, neuron=neuron, shortcut=shortcut)
             for width in pairwise((in_channels, *self.channels))
         )
-
-    def forward(self, x: Real[Tensor, "TB C H W"]) -> list[Real[Tensor, "TB _ _ _"]]:
-        maps = []
-        for block in self.blocks:
-            x = block(x)
-            maps.append(x)
-        return maps
 
 
 def _halvings(patch_size: int, *, most: int) -> int:

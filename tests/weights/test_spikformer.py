@@ -166,3 +166,18 @@ def test_import_writes_a_model_that_loads_and_says_what_it_dropped(official, tmp
     model = from_pretrained(tmp_path / "out")
     assert torch.equal(model.head.weight, official[CIFAR]["head.weight"])
     assert model.config.num_classes == 10
+
+
+@pytest.mark.parametrize("steps", [2, 4, 6])
+def test_weights_of_one_step_start_a_network_of_more_and_its_first_step_is_theirs(official, tmp_path, steps):
+    single = model_of(IMAGENET, steps=1)
+    load_official(single, official[IMAGENET])
+    single.save_pretrained(tmp_path)
+    more = model_of(IMAGENET, steps=steps)
+    assert not load_backbone(more, tmp_path).kept
+    images = load_file(Path(__file__).parents[1] / "parity" / f"{FILES[IMAGENET]}.safetensors")["input"].double()
+    with torch.no_grad():
+        one, many = (model.double().eval().forward_features(images)[-1] for model in (single, more))
+    # A pass starts from rest, so step 0 knows nothing of the others: spikes in float64, equal.
+    assert torch.equal(many[: len(images)], one)
+    assert not torch.equal(many[-len(images) :], one)

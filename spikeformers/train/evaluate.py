@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -40,15 +41,19 @@ class Evaluation:
 
 
 def batches_of(split: Dataset, *, batch_size: int, images: int = 0, workers: int = 0) -> DataLoader:
-    """Batches of `split` in order; of `images` evenly spaced samples only, if that is above 0."""
-    chosen = split if len(spaced(len(split), images)) == len(split) else Subset(split, spaced(len(split), images))
+    """Batches of `split` in order; of `images` samples chosen by `drawn` only, if that is above 0."""
+    chosen = split if len(drawn(len(split), images)) == len(split) else Subset(split, drawn(len(split), images))
     return DataLoader(chosen, batch_size=batch_size, num_workers=workers)
 
 
-def spaced(length: int, images: int) -> list[int]:
-    """Indices of `images` evenly spaced samples (a prefix would favour some classes of a folder); 0: of all."""
-    count = min(images or length, length)
-    return [i * length // count for i in range(count)]
+def drawn(length: int, images: int) -> list[int]:
+    """Indices, ascending, of `images` samples, the same at every call; 0: of all.
+
+    By chance: a prefix would favour classes where files lie class by class, and even steps where classes take turns.
+    """
+    if not 0 < images < length:
+        return list(range(length))
+    return sorted(np.random.RandomState(0).permutation(length)[:images].tolist())
 
 
 @torch.no_grad()
@@ -146,13 +151,13 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
 def integer_agreement(
     model: nn.Module, split: Dataset, *, batch_size: int, images: int = 0, predictions: list[int] | None = None
 ) -> dict:
-    """Test the integer engine against the network, on `images` evenly spaced samples of `split` (0: all).
+    """Test the integer engine against the network, on `images` samples of `split` chosen by `drawn` (0: all).
 
     Gives "same" of "total" predictions, the indices in the split of "different" ones, and over these samples the
     "accuracy" of the engine and the "float_accuracy" of the network, 0..1. `predictions` are the network's over the
     whole split: with them it does not run again, which `IntegerModel.compare` would need.
     """
-    indices = spaced(len(split), images)
+    indices = drawn(len(split), images)
     engine, guesses, own, labels = None, [], [], []
     for batch, truth in batches_of(split, batch_size=batch_size, images=images):
         if engine is None:

@@ -92,7 +92,7 @@ class Testing:
     """How often and on how much the test split is read. The last epoch always reads all of it."""
 
     every: int = 1  # epochs
-    images: int = 0  # evenly spaced images of the test split before the last epoch; 0: all
+    images: int = 0  # of the test split, drawn once, before the last epoch; 0: all
     energy_images: int = 64  # for the energy account at the end
     integer_images: int = 0  # for the comparison with the integer engine at the end; 0: all
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from spikeformers.data.images import load_split
-from spikeformers.train.evaluate import batches_of, evaluate, firing_rates, integer_agreement, spaced, summarise
+from spikeformers.train.evaluate import batches_of, drawn, evaluate, firing_rates, integer_agreement, summarise
 from spikeformers.train.loop import build_model
 from spikeformers.train.recipe import override
 
@@ -55,10 +56,14 @@ def test_evaluation_leaves_the_mode_and_refuses_what_is_not_finite():
         evaluate(model, TensorDataset(torch.zeros(0, 3, 1, 1), torch.zeros(0, dtype=torch.int64)))
 
 
-def test_spaced_indices_cover_the_whole_split():
-    assert spaced(10, 0) == list(range(10))
-    assert spaced(10, 20) == list(range(10))
-    assert spaced(10, 3) == [0, 3, 6]
+def test_drawn_samples_are_the_same_each_time_and_of_every_class_however_the_split_is_ordered():
+    assert drawn(10, 0) == drawn(10, 20) == drawn(10, 10) == list(range(10))
+    chosen = np.array(drawn(1000, 100))
+    assert chosen.tolist() == drawn(1000, 100) == sorted(set(chosen.tolist()))
+    assert set(drawn(1000, 30)) < set(chosen.tolist())
+    # Ten classes in turn, as in the parquet files of CIFAR-10 (even steps would see one of them), or one after another.
+    for labels in (np.arange(1000) % 10, np.arange(1000) // 100):
+        assert np.bincount(labels[chosen], minlength=10).min() >= 4
 
 
 def test_firing_rates_lie_between_silence_and_every_level(tiny):
@@ -103,7 +108,7 @@ def test_the_integer_engine_is_judged_on_the_same_images_as_the_network(tiny, mo
         "spikeformers.train.evaluate.integer",
         lambda *_: lambda batch: torch.eye(10)[[labels[seen.pop(0)] for _ in batch]],
     )
-    for images, compared in ((0, list(range(12))), (6, [0, 2, 4, 6, 8, 10])):
+    for images, compared in ((0, list(range(12))), (6, drawn(12, 6))):
         seen, right = list(compared), compared[:2]
         predictions = [label if index in right else (label + 1) % 10 for index, label in enumerate(labels)]
         found = integer_agreement(nn.Identity(), split, batch_size=5, images=images, predictions=predictions)

@@ -4,7 +4,7 @@ The networks are small and see a few thousand CIFAR-10 images for a few epochs, 
 with the paper's, and the order of rows only where they lie far apart: all but `labels` have one seed and 2,000 test
 images, where one standard deviation is a point, and many of the paper's differences are below half of that. Every row
 of a table has the same data, epochs and rate unless the row is about them. Each training has a folder of its own below
---runs and is resumed, so that a table can be made over days; finished ones are only read.
+--runs and is resumed, so that a table can be made over days; finished ones are only read. More --images, better tables.
 
     python benchmarks/spikformer_tables.py labels --json benchmarks/results/spikformer_labels.json
 
@@ -50,7 +50,7 @@ def done(recipe: Recipe, folder: Path) -> Summary | PretrainSummary:
     return train(recipe, run=folder, resume=folder.exists(), console=CONSOLE)
 
 
-def labels(runs: Path) -> list[dict]:
+def labels(runs: Path, images: int) -> list[dict]:
     """1,000 labels, from scratch and from masked pre-training on 50,000 unlabelled images: mean and sd of seeds."""
     scratch = arm(runs, "from scratch", "")
     done(recipes.get("spikformer_v2_cifar10_mae"), runs / "mae")
@@ -72,11 +72,11 @@ def arm(runs: Path, name: str, backbone: str) -> dict:
     return {"arm": name, "rate": best, "mean": mean, "sd": sd, "accuracies": found, "trials": trials}
 
 
-def small(**fields: object) -> Recipe:
-    """A small V1 on 4,000 images at T=4, the ground of Tables 1 and 6."""
+def small(images: int, **fields: object) -> Recipe:
+    """A small V1 at T=4, the ground of Tables 1 and 6."""
     base = dataclasses.replace(recipes.get("spikformer_cifar10_small"), name="spikformer_table")
     ground = {
-        "data__train_limit": 4_000,
+        "data__train_limit": images,
         "data__test_limit": 2_000,
         "model__options__dim": 48,
         "model__options__attention": "ssa",
@@ -88,11 +88,11 @@ def small(**fields: object) -> Recipe:
     return changed(base, **(ground | fields))
 
 
-def small_v2(**fields: object) -> Recipe:
+def small_v2(images: int, **fields: object) -> Recipe:
     """A small V2 on the same images at T=1, the ground of Figs. 4 and 7 and Table 7."""
     base = dataclasses.replace(recipes.get("spikformer_v2_cifar10_finetune"), name="spikformer_v2_table")
     ground = {
-        "data__train_limit": 4_000,
+        "data__train_limit": images,
         "data__test_limit": 2_000,
         "model__options__dim": 32,
         "model__options__depth": 6,
@@ -106,11 +106,11 @@ def small_v2(**fields: object) -> Recipe:
     return changed(base, **(ground | fields))
 
 
-def small_mae(**fields: object) -> Recipe:
-    """Masked pre-training of that network on the same 4,000 images."""
+def small_mae(images: int, **fields: object) -> Recipe:
+    """Masked pre-training of that network on the same images."""
     base = dataclasses.replace(recipes.get("spikformer_v2_cifar10_mae"), name="spikformer_mae_table")
     ground = {
-        "data__train_limit": 4_000,
+        "data__train_limit": images,
         "data__test_limit": 2_000,
         "model__options__dim": 32,
         "model__options__depth": 6,
@@ -139,7 +139,7 @@ def attention_cost(folder: Path) -> tuple[float, float]:
     return count / 1e6, count * price / 1e6
 
 
-def table_1(runs: Path) -> list[dict]:
+def table_1(runs: Path, images: int) -> list[dict]:
     """Attention maps."""
     paper = {
         "identity": (93.96, 6.3, 29),
@@ -151,14 +151,14 @@ def table_1(runs: Path) -> list[dict]:
     rows = []
     for name, published in paper.items():
         folder = runs / f"v1_{name}_t4"
-        summary = done(small(model__options__attention=name), folder)
+        summary = done(small(images, model__options__attention=name), folder)
         operations, microjoule = attention_cost(folder)
         ours = {"accuracy": 100 * summary.accuracy, "mega_operations": operations, "microjoule": microjoule}
         rows.append({"attention": name, "paper": dict(zip(ours, published, strict=True)), "ours": ours})
     return rows
 
 
-def table_6(runs: Path) -> list[dict]:
+def table_6(runs: Path, images: int) -> list[dict]:
     """Time steps, vanilla self-attention, and IAND instead of ADD."""
     cases: list[tuple[str, str, int, float | None, Recipe]] = [
         *(
@@ -167,7 +167,7 @@ def table_6(runs: Path) -> list[dict]:
                 f"v1_{attention}_t{steps}",
                 steps,
                 published,
-                small(model__options__attention=attention, model__steps=steps),
+                small(images, model__options__attention=attention, model__steps=steps),
             )
             for attention, steps, published in (
                 ("ssa", 1, 93.51),
@@ -178,12 +178,12 @@ def table_6(runs: Path) -> list[dict]:
                 ("vsa_float_v", 4, 95.17),
             )
         ),
-        ("V2 8-512 ADD", "v2_depth-6_supervised", 1, 79.05, small_v2()),
+        ("V2 8-512 ADD", "v2_depth-6_supervised", 1, 79.05, small_v2(images)),
         *(
-            ("V2 8-512 ADD, from T=1", f"v2_depth-6_t{steps}", steps, published, _more_steps(runs, steps))
+            ("V2 8-512 ADD, from T=1", f"v2_depth-6_t{steps}", steps, published, _more_steps(runs, images, steps))
             for steps, published in ((2, 79.20), (4, 80.38), (6, 80.73))
         ),
-        ("V2 8-512 IAND", "v2_depth-6_iand", 1, 76.12, small_v2(model__options__shortcut="iand")),
+        ("V2 8-512 IAND", "v2_depth-6_iand", 1, 76.12, small_v2(images, model__options__shortcut="iand")),
     ]
     rows = []
     for label, folder, steps, published, recipe in cases:
@@ -193,26 +193,26 @@ def table_6(runs: Path) -> list[dict]:
     return rows
 
 
-def _more_steps(runs: Path, steps: int) -> Recipe:
+def _more_steps(runs: Path, images: int, steps: int) -> Recipe:
     """The supervised network of T=1 finetuned at more steps, briefly at a fiftieth of its rate, as in Sec. 5.2.1."""
-    single = small_v2(model__steps=steps, epochs=2, optim__lr=4e-5, optim__warmup_epochs=0.0)
+    single = small_v2(images, model__steps=steps, epochs=2, optim__lr=4e-5, optim__warmup_epochs=0.0)
     return dataclasses.replace(single, init=Init(backbone=str(runs / "v2_depth-6_supervised")))
 
 
-def figure_4(runs: Path) -> list[dict]:
+def figure_4(runs: Path, images: int) -> list[dict]:
     """Stems: nothing, linear layers, or convolutions behind each down-sampling; the paper's numbers are a picture."""
-    sps = done(small_v2(model__options__stem="sps"), runs / "sps_depth-6_supervised")
+    sps = done(small_v2(images, model__options__stem="sps"), runs / "sps_depth-6_supervised")
     ours = {"accuracy": 100 * sps.accuracy, "parameters": sps.parameters}
     rows = [{"stem": "sps", "paper": {}, "ours": ours}]
     for branch in ("conv0", "linear1", "linear2", "linear3", "conv1", "conv2", "conv3"):
         folder = "v2_depth-6_supervised" if branch == "conv2" else f"v2_{branch}"
-        summary = done(small_v2(model__options__stem_branch=branch), runs / folder)
+        summary = done(small_v2(images, model__options__stem_branch=branch), runs / folder)
         ours = {"accuracy": 100 * summary.accuracy, "parameters": summary.parameters}
         rows.append({"stem": branch, "paper": {}, "ours": ours})
     return rows
 
 
-def figure_7(runs: Path) -> list[dict]:
+def figure_7(runs: Path, images: int) -> list[dict]:
     """Depth, supervised against pre-trained and finetuned, with both training times (Table 3); last, V1's stem."""
     paper = {  # V2 12-512 and 16-768 are the nearest rows, and V1 8-512
         ("scs", 2): (None, None),
@@ -224,10 +224,10 @@ def figure_7(runs: Path) -> list[dict]:
     for (stem, depth), published in paper.items():
         deep = {"model__options__depth": depth, "model__options__stem": stem}
         name = f"v2_depth-{depth}" if stem == "scs" else f"{stem}_depth-{depth}"
-        supervised = done(small_v2(**deep), runs / f"{name}_supervised")
+        supervised = done(small_v2(images, **deep), runs / f"{name}_supervised")
         mae = runs / f"{name}_mae"
-        pretrained = done(small_mae(**deep), mae)
-        tuned = done(finetuned(mae, **deep), runs / f"{name}_finetuned")
+        pretrained = done(small_mae(images, **deep), mae)
+        tuned = done(finetuned(mae, images, **deep), runs / f"{name}_finetuned")
         seconds = pretrained.seconds + tuned.seconds
         ours = {
             "supervised": 100 * supervised.accuracy,
@@ -241,13 +241,13 @@ def figure_7(runs: Path) -> list[dict]:
     return rows
 
 
-def finetuned(mae: Path, **fields: object) -> Recipe:
+def finetuned(mae: Path, images: int, **fields: object) -> Recipe:
     """Half of the supervised epochs, from the pre-training in `mae`, with layer-wise rates."""
-    recipe = small_v2(**({"epochs": 5, "optim__layer_decay": 0.7} | fields))
+    recipe = small_v2(images, **({"epochs": 5, "optim__layer_decay": 0.7} | fields))
     return dataclasses.replace(recipe, init=Init(backbone=str(mae)))
 
 
-def table_7(runs: Path) -> list[dict]:
+def table_7(runs: Path, images: int) -> list[dict]:
     """Mask ratio, epochs of pre-training and of finetuning; a quarter of a step is 50 of the paper's epochs."""
     paper = {
         (0.75, 8, 5): 79.64,
@@ -261,9 +261,9 @@ def table_7(runs: Path) -> list[dict]:
     for (ratio, epochs, tuning), published in paper.items():
         usual = (ratio, epochs) == (0.75, 8)
         mae = runs / ("v2_depth-6_mae" if usual else f"v2_mae_ratio-{ratio:g}_epochs-{epochs}")
-        pretrained = done(small_mae(pretrain__mask_ratio=ratio, epochs=epochs), mae)
+        pretrained = done(small_mae(images, pretrain__mask_ratio=ratio, epochs=epochs), mae)
         folder = "v2_depth-6_finetuned" if usual and tuning == 5 else f"{mae.name}_finetuned-{tuning}"
-        tuned = done(finetuned(mae, epochs=tuning), runs / folder)
+        tuned = done(finetuned(mae, images, epochs=tuning), runs / folder)
         ours = {"accuracy": 100 * tuned.accuracy, "pretraining_loss": pretrained.loss}
         rows.append(
             {"mask_ratio": ratio, "pretrain_epochs": epochs, "finetune_epochs": tuning}
@@ -272,7 +272,7 @@ def table_7(runs: Path) -> list[dict]:
     return rows
 
 
-TABLES: dict[str, Callable[[Path], list[dict]]] = {
+TABLES: dict[str, Callable[[Path, int], list[dict]]] = {
     "labels": labels,
     "1": table_1,
     "6": table_6,
@@ -302,18 +302,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", choices=TABLES, help="which to make")
     parser.add_argument("--runs", type=Path, default=Path("runs/spikformer_tables"), help="where trainings are kept")
+    parser.add_argument("--images", type=int, default=4_000, help="training images of all tables but labels")
     parser.add_argument("--json", type=Path, help="write rows, versions and command there")
     options = parser.parse_args()
     result = {
-        "command": " ".join(["python", "benchmarks/spikformer_tables.py", *options.tables]),
+        "command": " ".join(
+            ["python", "benchmarks/spikformer_tables.py", *options.tables, "--images", str(options.images)]
+        ),
         "hardware": hardware(),
         "threads": 1,
+        "images": options.images,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "timm", "spikeformers")},
         "tables": {},
     }
     for name in options.tables:
-        rows = TABLES[name](options.runs)
+        runs = options.runs if name == "labels" else options.runs / f"images-{options.images}"
+        rows = TABLES[name](runs, options.images)
         result["tables"][name] = {"what": TABLES[name].__doc__, "rows": rows}
         print(f"\n{name}: {TABLES[name].__doc__}")
         show(rows)

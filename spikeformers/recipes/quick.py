@@ -79,7 +79,7 @@ def digits_mae() -> Recipe:
         optim=Optim(lr=3e-3, warmup_epochs=1.0, weight_decay=0.05, clip_grad=1.0),
         epochs=15,
         batch_size=32,
-        threads=2,
+        threads=1,
     )
 
 
@@ -103,7 +103,7 @@ def digits_finetune() -> Recipe:
         epochs=80,
         batch_size=10,
         label_smoothing=0.1,
-        threads=2,
+        threads=1,
     )
 
 

@@ -13,13 +13,14 @@ def list_names(arguments: Namespace) -> None:
     from spikeformers.recipes import RECIPES
     from spikeformers.train.results import print_table
 
+    pattern = arguments.pattern if set(arguments.pattern) & set("*?[") else f"*{arguments.pattern}*"
     models = []
-    for name in list_models(arguments.pattern):
+    for name in list_models(pattern):
         with torch.device("meta"):  # sizes without memory or initialisation
             model = create_model(name)
         count = sum(parameter.numel() for parameter in model.parameters())
         models.append((name, f"{count:,}", sizes(model.config), zoo.CATALOGUE[name].paper))
-    recipes = [(name, first_line(RECIPES[name])) for name in fnmatch.filter(RECIPES, arguments.pattern)]
+    recipes = [(name, first_line(RECIPES[name])) for name in fnmatch.filter(RECIPES, pattern)]
     if models:
         print_table(("model", "parameters", "sizes", "paper"), models, right=(1,))
     if models and recipes:

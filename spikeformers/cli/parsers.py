@@ -53,7 +53,9 @@ def add_list(commands: "ActionSubCommands") -> None:
         "spikeformers list",
         "spikeformers list '*15m*'",
     )
-    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern (default: *)")
+    parser.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="part of a name, or shell pattern (default: *)"
+    )
     add_command(commands, "list", parser, "models with sizes and papers, and recipes")
 
 

@@ -78,7 +78,7 @@ def _existing(root: str, source: str) -> Path:
         raise ValueError(f"data.source={source} needs data.root: the folder of the data")
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise ValueError(f"data.root: no folder {top}")
+        raise ValueError(f"data.root: no folder {top}; set it, or for the small CIFAR-10 recipes SPIKEFORMERS_DATA")
     return top
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from spikeformers.data.images import ImageData
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
-from spikeformers.train.summary import PretrainSummary, read_summary
+from spikeformers.train.summary import PretrainSummary, pretrains, read_summary
 from spikeformers.zoo import CATALOGUE, from_pretrained, list_models
 
 PICTURES = {  # how the papers' networks see a picture
@@ -23,7 +23,8 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is not a run: it has no recipe.json (a run is the folder that `train` writes)")
     if not (run / "summary.json").is_file():
-        raise ValueError(f"{run} is not finished, so it has no final model: continue it with `train ... --resume`")
+        command = "pretrain" if pretrains(read_json(run / "recipe.json")) else "train"
+        raise ValueError(f"{run} is not finished, so it has no final model: continue it with `{command} ... --resume`")
     summary = read_summary(run)
     if isinstance(summary, PretrainSummary):
         raise ValueError(

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spikeformers.backbones import MetaSpikeFormer, Spikformer
-from spikeformers.layers.pretrained import WEIGHTS
+from spikeformers.layers.pretrained import CONFIG, WEIGHTS
 from spikeformers.weights import meta_spikeformer, spikformer
 
 KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer, Spikformer: spikformer}
@@ -31,6 +31,7 @@ class LoadReport:
     loaded: int
     dropped: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()  # arguments that the source was built with and this model was not
 
     def __str__(self) -> str:
         text = f"loaded {self.loaded} tensors"
@@ -38,6 +39,8 @@ class LoadReport:
             text += f"; dropped from the file: {few(self.dropped)}"
         if self.kept:
             text += f"; not in the file, left as initialised: {few(self.kept)}"
+        if self.differs:
+            text += f"; built otherwise than the source: {', '.join(self.differs)}"
         return text
 
 
@@ -144,12 +147,24 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     if len(kept) == len(own):
         raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
     report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
+    report = replace(report, differs=_differences(model, path.parent / CONFIG))
     for key, parameter in model.named_parameters():
         if key in report.kept and parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
         elif key in report.kept and key.endswith("bias"):
             nn.init.zeros_(parameter)
     return report
+
+
+def _differences(model: nn.Module, stored: Path) -> tuple[str, ...]:
+    """Arguments in a saved model's config.json that `model` has otherwise, though all its weights may fit."""
+    if not stored.is_file():
+        return ()
+    overrides = json.loads(stored.read_text(encoding="utf-8"))["overrides"]
+    free = ("steps", "num_classes", "distillation")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    own = {name: getattr(model.config, name, None) for name in values if name not in free}
+    return tuple(f"{name}={own[name]}, there {values[name]}" for name in own if own[name] != values[name])
 
 
 def _weights_in(folder: Path) -> Path:

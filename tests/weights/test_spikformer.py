@@ -181,3 +181,10 @@ def test_weights_of_one_step_start_a_network_of_more_and_its_first_step_is_their
     # A pass starts from rest, so step 0 knows nothing of the others: spikes in float64, equal.
     assert torch.equal(many[: len(images)], one)
     assert not torch.equal(many[-len(images) :], one)
+
+
+def test_a_backbone_built_with_another_neuron_or_heads_is_taken_and_said(tmp_path):
+    model_of(CIFAR, neuron="lif").save_pretrained(tmp_path)
+    report = load_backbone(model_of(CIFAR, neuron="i_lif", heads=2, num_classes=3), tmp_path)
+    assert "built otherwise than the source: heads=2, there 4, neuron=i_lif, there lif" in str(report)
+    assert not load_backbone(model_of(CIFAR, neuron="lif", steps=2), tmp_path).differs

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from spikeformers.cli.parsers import build_parser
 from spikeformers.cli.run_folders import run_folder
 

@@ -13,41 +13,21 @@ Tables: labels (masked pre-training, then 1,000 labels, against from scratch; th
 ratio, epochs).
 """
 
-import argparse
 import dataclasses
 import json
-import platform
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
-from rich.console import Console
+from tables import changed, done, make, parser_of
 
 from spikeformers import energy, from_pretrained, recipes
 from spikeformers.data import load_split
 from spikeformers.train.evaluate import batches_of
-from spikeformers.train.loop import train
-from spikeformers.train.recipe import Init, Recipe, from_json, override
-from spikeformers.train.results import print_table
-from spikeformers.train.summary import PretrainSummary, Summary, hardware, spread
+from spikeformers.train.recipe import Init, Recipe, from_json
+from spikeformers.train.summary import spread
 
 RATES = (5e-4, 1.5e-3, 4e-3)
 SEEDS = (0, 1, 2)
-CONSOLE = Console(file=sys.stderr)
-
-
-def changed(recipe: Recipe, **fields: object) -> Recipe:
-    """`recipe` with dotted fields set, dots written as two underscores: optim__lr=1e-3."""
-    for name, value in fields.items():
-        recipe = override(recipe, name.replace("__", "."), str(value))
-    return recipe
-
-
-def done(recipe: Recipe, folder: Path) -> Summary | PretrainSummary:
-    """The summary of `recipe` trained in `folder`, resumed if it was begun."""
-    print(f"{folder.name}:", file=sys.stderr)
-    return train(recipe, run=folder, resume=folder.exists(), console=CONSOLE)
 
 
 def labels(runs: Path, images: int) -> list[dict]:
@@ -282,49 +262,9 @@ TABLES: dict[str, Callable[[Path, int], list[dict]]] = {
 }
 
 
-def show(rows: list[dict]) -> None:
-    """Rows as a table: what they vary, then the paper's and our numbers."""
-    flat = []
-    for row in rows:
-        line = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
-        for side in ("paper", "ours"):
-            line |= {f"{side} {name}": value for name, value in row.get(side, {}).items()}
-        flat.append(line)
-    header = list(dict.fromkeys(name for line in flat for name in line))
-
-    def cell(value: object) -> str:
-        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    print_table(header, [[cell(line.get(name)) for name in header] for line in flat], right=range(1, len(header)))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="+", choices=TABLES, help="which to make")
-    parser.add_argument("--runs", type=Path, default=Path("runs/spikformer_tables"), help="where trainings are kept")
-    parser.add_argument("--images", type=int, default=4_000, help="training images of all tables but labels")
-    parser.add_argument("--json", type=Path, help="write rows, versions and command there")
-    options = parser.parse_args()
-    result = {
-        "command": " ".join(
-            ["python", "benchmarks/spikformer_tables.py", *options.tables, "--images", str(options.images)]
-        ),
-        "hardware": hardware(),
-        "threads": 1,
-        "images": options.images,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "timm", "spikeformers")},
-        "tables": {},
-    }
-    for name in options.tables:
-        runs = options.runs if name == "labels" else options.runs / f"images-{options.images}"
-        rows = TABLES[name](runs, options.images)
-        result["tables"][name] = {"what": TABLES[name].__doc__, "rows": rows}
-        print(f"\n{name}: {TABLES[name].__doc__}")
-        show(rows)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {options.json}")
+    options = parser_of(__doc__, TABLES, runs="runs/spikformer_tables", images=4_000).parse_args()
+    make("spikformer_tables", TABLES, options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _HOMES = {
     "set_steps": "neurons",
     "streaming": "neurons",
 }
-_FOLDERS = ("deploy", "energy")
+_FOLDERS = ("deploy", "distill", "energy", "quantize")
 __all__ = [*_HOMES, *_FOLDERS]
 
 

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from spikeformers.backbones import meta_spikeformer, spikformer
+from spikeformers.backbones import meta_spikeformer, qsd_transformer, spikformer
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import closest, set_steps
+from spikeformers.quantize import convert, fold, plain, prepare
 from spikeformers.weights import load_official, load_strict, read_checkpoint
 
 
@@ -29,6 +30,7 @@ class Entry:
 
 
 META_SPIKEFORMER = "Spike-driven Transformer V2: Meta Spiking Neural Network Architecture (ICLR 2024)"
+QSD_TRANSFORMER = "Quantized Spike-driven Transformer (ICLR 2025)"
 
 SPIKFORMER = {
     "v1": "Spikformer: When Spiking Neural Network Meets Transformer (ICLR 2023)",
@@ -44,7 +46,9 @@ def _seen_by(spikformer_name: str) -> tuple[str, int]:
 
 CATALOGUE: dict[str, Entry] = {
     name: Entry(config, "meta_spikeformer", META_SPIKEFORMER) for name, config in meta_spikeformer.SIZES.items()
-} | {
+}
+CATALOGUE |= {name: Entry(config, "qsd_transformer", QSD_TRANSFORMER) for name, config in qsd_transformer.SIZES.items()}
+CATALOGUE |= {
     name: Entry(config, "spikformer", SPIKFORMER["v2" if config.stem == "scs" else "v1"], *_seen_by(name))
     for name, config in spikformer.SIZES.items()
 }
@@ -128,9 +132,25 @@ def from_pretrained(source: str | Path) -> nn.Module:
     if not (isinstance(name, str) and isinstance(overrides, dict) and isinstance(steps, int)):
         raise ValueError(f"{folder / CONFIG} is damaged: it needs a name, overrides and steps")
     model = create_model(name, **overrides)
+    _requantize(model, config.get("quantize"), where=folder / CONFIG)
     load_strict(model, weights)
     set_steps(model, steps)
     return model.eval()
+
+
+def _requantize(model: nn.Module, stored: dict[str, Any] | None, *, where: Path) -> None:
+    """Bring `model`, as the catalogue builds it, to the quantisation that config.json names."""
+    if stored is None:
+        plain(model)
+        return
+    try:
+        prepare(model, bits=stored["bits"], per_channel=stored["per_channel"], offset=stored["offset"])
+        if stored["converted"]:
+            convert(model)
+        if stored["folded"]:
+            fold(model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: its quantisation cannot be repeated ({error})") from error
 
 
 def _download(repository: str) -> Path:

@@ -40,6 +40,7 @@ class SpikeAttention(nn.Module):
     [TB, C, H, W] -> [TB, C, H, W]. Subclasses say what stands on each operand (`operand`) and how they mix (`mix`).
     """
 
+    quantize_role: ClassVar[str] = "attention"
     operands: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     default_qkv: ClassVar[Projection] = partial(ConvBN, kernel=1)
     default_proj: ClassVar[Projection] = partial(ConvBN, kernel=1, bias=True)
@@ -89,6 +90,8 @@ class SpikeAttention(nn.Module):
 class ScaledAttention(SpikeAttention):
     """Attention whose mixture is multiplied by `scale`."""
 
+    default_scale: ClassVar[float] = SCALE
+
     def __init__(
         self,
         dim: int,
@@ -97,10 +100,10 @@ class ScaledAttention(SpikeAttention):
         heads: int = 8,
         qkv: Projection | None = None,
         proj: Projection | None = None,
-        scale: float = SCALE,
+        scale: float | None = None,
     ) -> None:
         super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj)
-        self.scale = self.started_at(scale)
+        self.scale = self.started_at(self.default_scale if scale is None else scale)
 
     def started_at(self, scale: float) -> float | nn.Parameter:
         """The scale itself, or the parameter that starts there."""

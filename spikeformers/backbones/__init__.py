@@ -2,6 +2,16 @@
 
 from spikeformers.backbones.features import FeatureInfo
 from spikeformers.backbones.meta_spikeformer import MetaSpikeFormer, MetaSpikeFormerConfig
+from spikeformers.backbones.qsd_transformer import QSDTransformer, QSDTransformerConfig
 from spikeformers.backbones.spikformer import ANN_TWIN, Spikformer, SpikformerConfig
 
-__all__ = ["ANN_TWIN", "FeatureInfo", "MetaSpikeFormer", "MetaSpikeFormerConfig", "Spikformer", "SpikformerConfig"]
+__all__ = [
+    "ANN_TWIN",
+    "FeatureInfo",
+    "MetaSpikeFormer",
+    "MetaSpikeFormerConfig",
+    "QSDTransformer",
+    "QSDTransformerConfig",
+    "Spikformer",
+    "SpikformerConfig",
+]

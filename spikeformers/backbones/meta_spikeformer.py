@@ -16,13 +16,14 @@ from itertools import pairwise
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from spikeformers.attention import SDSA
+from spikeformers.attention import QSDSA, SDSA, Rectified, SoftmaxAttention
 from spikeformers.backbones.features import FeatureInfo
 from spikeformers.layers import (
     SHORTCUTS,
     ChannelConv,
     ChannelMLP,
     ConvBN,
+    LayerScaleBlock,
     MembraneShortcut,
     Mixer,
     Pretrained,
@@ -72,8 +73,11 @@ class MetaSpikeFormerConfig:
     """Every size and every switch of Table 5; each named choice may also be a builder of your own.
 
     `conv_token_mixer`, `conv_channel_mixer`: of conv blocks.  `attention`, `channel_mixer`: token and channel mixer of
-    transformer blocks.  Token mixers: sep_conv, sdsa1..sdsa4, identity, pooling; for conv blocks also none, which drops
-    the shortcut too.  Channel mixers: conv, mlp, identity.  `qkv`, `proj`: rep_conv, linear.  `shortcut`: ms, sew, vs.
+    transformer blocks.  Token mixers: sep_conv, sdsa1..sdsa4, q_sdsa (QSD-Transformer's), softmax (an ANN's), identity,
+    pooling; for conv blocks also none, which drops the shortcut too.  Channel mixers: conv, mlp, identity.
+    `qkv`, `proj`: rep_conv, linear, or these with an MPRF behind, rep_conv_mprf, linear_mprf.
+    `shortcut`: ms, sew, vs.
+    `layer_scale`: what learnable factors of the branches of transformer blocks start at; 0: there are none.
     `dims`: channels C1..C4 of stages 1-4; the first level of stage 1 has C1/2.  `blocks`, `strides`: of the five levels
     stage1a, stage1b, stage2, stage3, stage4; blocks (0, 0, 0, 6, 2) are four plain convolutions before a transformer.
     `levels` is D of integer neurons.  `pyramid=False` keeps stage 3's width and drops the last down-sampling.
@@ -99,6 +103,7 @@ class MetaSpikeFormerConfig:
     qkv: str | Callable[[int, int], nn.Module] = "rep_conv"
     proj: str | Callable[[int, int], nn.Module] = "rep_conv"
     shortcut: str | type[MembraneShortcut] = "ms"
+    layer_scale: float = 0.0
     single_scale_stem: bool = False
     pyramid: bool = True
     head_spikes: bool = True
@@ -109,6 +114,10 @@ class MetaSpikeFormerConfig:
 
 
 PROJECTIONS = {"rep_conv": RepConv, "linear": partial(ConvBN, kernel=1)}
+PROJECTIONS |= {f"{name}_mprf": partial(Rectified, projection=layer) for name, layer in PROJECTIONS.items()}
+ATTENTION = SDSA | {"q_sdsa": QSDSA, "softmax": SoftmaxAttention}
+ANN_TWIN = {"neuron": "gelu", "attention": "softmax", "steps": 1}
+"""Overrides that make any Meta-SpikeFormer an ordinary network of the same layers, with GELU and softmax attention."""
 MIXERS: dict[str, Mixer] = {"sep_conv": SepConv, "identity": Identity, "pooling": Pooling}  # add your own by name
 
 
@@ -123,7 +132,7 @@ def _shortcut(config: MetaSpikeFormerConfig) -> type[MembraneShortcut]:
 def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
     """One block of `kind` "conv" or "transformer" with the mixers that `config` chooses."""
     projections = {name: choose(name, getattr(config, name), PROJECTIONS) for name in ("qkv", "proj")}
-    attention = {name: partial(operator, heads=config.heads, **projections) for name, operator in SDSA.items()}
+    attention = {name: partial(operator, heads=config.heads, **projections) for name, operator in ATTENTION.items()}
     token = MIXERS | attention
     channel = {
         "conv": partial(ChannelConv, ratio=config.mlp_ratio),
@@ -138,7 +147,8 @@ def _block(config: MetaSpikeFormerConfig, kind: str, dim: int) -> nn.Module:
             channel_mixer=choose("conv_channel_mixer", config.conv_channel_mixer, channel),
             **shared,
         )
-    return TransformerBlock(
+    block = partial(LayerScaleBlock, layer_scale=config.layer_scale) if config.layer_scale else TransformerBlock
+    return block(
         dim,
         token_mixer=choose("attention", config.attention, token),
         channel_mixer=choose("channel_mixer", config.channel_mixer, channel),
@@ -263,6 +273,8 @@ def _check(config: MetaSpikeFormerConfig) -> None:
     for field in ("num_classes", "in_channels", "steps", "levels", "heads", "mlp_ratio"):
         if getattr(config, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(config, field)}")
+    if config.layer_scale < 0:
+        raise ValueError(f"layer_scale must not be negative, got {config.layer_scale}")
     for field in ("blocks", "strides", "kinds"):
         if len(getattr(config, field)) != 5:
             raise ValueError(f"{field} needs one entry for each of five levels, got {getattr(config, field)}")

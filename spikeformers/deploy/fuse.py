@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spikeformers.layers import Pretrained, merge_conv_bn
+from spikeformers.quantize import plain
 
 
 @torch.no_grad()
@@ -30,8 +31,11 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode, without the wrapper that torch.compile puts around a module."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    """A copy of `model` in eval mode, without the wrapper that torch.compile puts around a module.
+
+    Low-bit layers become torch's own with the weights that they multiply by.
+    """
+    return plain(copy.deepcopy(getattr(model, "_orig_mod", model))).eval()
 
 
 def _merge_children(parent: nn.Module) -> None:

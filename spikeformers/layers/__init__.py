@@ -1,7 +1,7 @@
 """Building blocks that more than one network uses; each maps spikes to currents and can be merged for inference."""
 
-from spikeformers.layers.block import Mixer, TransformerBlock
-from spikeformers.layers.conv_bn import ConvBN, bn_affine, conv2d_from, merge_conv_bn
+from spikeformers.layers.block import LayerScaleBlock, Mixer, TransformerBlock
+from spikeformers.layers.conv_bn import ConvBN, NormChain, bn_affine, conv2d_from, merge_conv_bn
 from spikeformers.layers.mlp import ChannelConv, ChannelMLP
 from spikeformers.layers.pretrained import Pretrained
 from spikeformers.layers.rep_conv import RepConv
@@ -21,8 +21,10 @@ __all__ = [
     "ChannelMLP",
     "ConvBN",
     "IAndShortcut",
+    "LayerScaleBlock",
     "MembraneShortcut",
     "Mixer",
+    "NormChain",
     "Pretrained",
     "RepConv",
     "ResidualShortcut",

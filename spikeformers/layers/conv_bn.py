@@ -6,9 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+NormChain = tuple[nn.Module, tuple[tuple[nn.Module, str], ...]]
+"""A convolution, and the norms right behind it in order, each as the module that holds it and its name there."""
 
-def bn_affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift."""
+
+def bn_affine(bn: nn.BatchNorm2d | nn.Identity) -> tuple[Float[Tensor, " *C"], Float[Tensor, " *C"]]:
+    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift; 1, 0 where it was folded."""
+    if isinstance(bn, nn.Identity):
+        return torch.ones(()), torch.zeros(())
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
 
@@ -55,6 +60,10 @@ class ConvBN(nn.Sequential):
     ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (kernel - 1) // 2, groups=groups, bias=bias)
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
+
+    def norm_chain(self) -> NormChain:
+        """What `quantize.fold` folds."""
+        return self.conv, ((self, "bn"),)
 
     def merge(self) -> nn.Conv2d:
         """The one convolution that equals this layer in eval mode."""

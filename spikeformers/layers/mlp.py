@@ -4,6 +4,8 @@ Paper: Meta-SpikeFormer, Eq. 10 (ChannelConv) and Eqs. 3, 13 (ChannelMLP). The f
 Departures from the paper: batch norms after both convolutions, as in the authors' code.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Real
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ class ChannelConv(nn.Module):
 
 class ChannelMLP(ChannelConv):
     """The 1x1 form: a multilayer perceptron on every token, biases on as in the authors' code."""
+
+    quantize_role: ClassVar[str] = "linear"
 
     def __init__(self, dim: int, *, neuron: NeuronBuilder, ratio: int = 4) -> None:
         super().__init__(dim, neuron=neuron, ratio=ratio, kernel=1, bias=True)

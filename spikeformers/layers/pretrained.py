@@ -27,6 +27,7 @@ class Pretrained(nn.Module):
     """Base of models that the catalogue builds and that save themselves."""
 
     origin: Origin | None = None
+    quantization: dict[str, Any] | None = None  # what quantize.prepare was told; it and `convert` write it
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder`/config.json and model.safetensors, replacing those there; returns the folder.
@@ -41,7 +42,7 @@ class Pretrained(nn.Module):
             "name": self.origin.name,
             "overrides": self.origin.overrides,
             "steps": self.steps,
-            "quantize": None,
+            "quantize": self.quantization,
             "version": __version__,
         }
         try:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeformers.layers.conv_bn import bn_affine, conv2d_from
+from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from
 
 
 def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.BatchNorm2d) -> Tensor:
@@ -38,6 +38,10 @@ class RepConv(nn.Module):
     def forward(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB O H W"]:
         x = pad_with_bn_of_zero(self.bn1(self.pw1(x)), self.bn1)
         return self.bn3(self.bn2(self.pw2(self.dw(x))))
+
+    def norm_chain(self) -> NormChain:
+        """What `quantize.fold` folds; bn1 stays, the border needs it."""
+        return self.pw2, ((self, "bn2"), (self, "bn3"))
 
     @torch.no_grad()
     def merge(self) -> nn.Conv2d:

@@ -11,7 +11,14 @@ from spikeformers.neurons.steps import Door, Stream, Temporal, TimeMean, set_ste
 from spikeformers.neurons.suggest import choose, closest
 from spikeformers.neurons.surrogate import ATan, Rectangle, Sigmoid
 
-NEURONS = {"lif": LIF, "i_lif": ILIF, "ie_lif": IELIF, "ni_lif": NILIF}
+LEVELLED = (ILIF, IELIF, NILIF)  # take `levels`
+NEURONS = {
+    "lif": LIF,
+    "i_lif": ILIF,
+    "ie_lif": IELIF,
+    "ie_lif_leaky": partial(IELIF, decay=0.5),  # with the membrane of QSD-Transformer's Eqs. 1-3, which its code lacks
+    "ni_lif": NILIF,
+}
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}  # stand in neurons' places in the ANN twin of a network
 
 
@@ -29,7 +36,7 @@ def neuron_builder(neuron: str | NeuronBuilder, *, levels: int = 4, steps: int =
         if neuron not in NEURONS:
             raise ValueError(f"unknown neuron {neuron!r}; {closest(neuron, (*NEURONS, *ACTIVATIONS))}")
         neuron = NEURONS[neuron]
-    if neuron in (ILIF, IELIF, NILIF):
+    if getattr(neuron, "func", neuron) in LEVELLED:
         if levels < 1:
             raise ValueError(f"levels must be at least 1, got {levels}")
         return partial(neuron, steps=steps, levels=levels)

@@ -1,0 +1,253 @@
+"""`convert`: integer weights packed bit by bit, batch norms as one scale and one shift; and what all that weighs.
+
+Paper: QSD-Transformer, Tables 1 and 9 (sizes), App. D (fusion). Nothing is approximated: a packed layer multiplies by
+the very weights that the trained one did, and a scale and shift are what a batch norm computes in eval mode.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spikeformers.layers import bn_affine
+from spikeformers.quantize.lsq import LSQLayer, integer_range
+
+
+def pack(integers: Int8[Tensor, " *shape"], *, bits: int) -> UInt8[Tensor, " bytes"]:
+    """Integers Qn..Qp, `bits` bits each, one behind the other, lowest bit first; the last byte is filled with zeros."""
+    low, _ = integer_range(bits)
+    values = (integers.flatten().to(torch.int16) - low).to(torch.uint8)
+    spread = (values[:, None] >> _places(bits, values)) & 1
+    flat = F.pad(spread.flatten(), (0, -spread.numel() % 8)).view(-1, 8)
+    return (flat << _places(8, flat)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], *, bits: int, shape: tuple[int, ...]) -> Int8[Tensor, " *shape"]:
+    """What `pack` packed."""
+    low, _ = integer_range(bits)
+    count = math.prod(shape)
+    flat = ((packed[:, None] >> _places(8, packed)) & 1).flatten()[: count * bits].view(count, bits)
+    return ((flat << _places(bits, flat)).sum(1, dtype=torch.int16) + low).to(torch.int8).view(shape)
+
+
+def _places(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.uint8, device=like.device)
+
+
+class PackedLayer(nn.Module):
+    """What a layer with packed weights adds: `packed` (uint8), step sizes `alpha` and, after LSQ+, an `offset`."""
+
+    bits: int
+    shape: tuple[int, ...]
+
+    @torch.no_grad()
+    def attach(
+        self, *, bits: int, shape: tuple[int, ...], packed: Tensor, alpha: Tensor, offset: Tensor | None
+    ) -> None:
+        """Make the buffers of a layer that has just become one of this class; its weight goes."""
+        self.bits, self.shape = bits, shape
+        del self.weight
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.register_buffer("packed", packed)
+        self.register_buffer("alpha", alpha)
+        self.register_buffer("offset", offset)
+        self.unpacked: Tensor | None = None
+
+    def integers(self) -> Int8[Tensor, " O *rest"]:
+        """The weight in units of its step sizes, Qn..Qp."""
+        return unpack(self.packed, bits=self.bits, shape=self.shape)
+
+    def quantized_weight(self) -> Float[Tensor, " O *rest"]:
+        """The weight that the layer multiplies by; unpacked at the first call."""
+        kept = self.unpacked
+        if kept is None or (kept.device, kept.dtype) != (self.alpha.device, self.alpha.dtype):
+            shape = (-1, *[1] * (len(self.shape) - 1))
+            kept = self.integers().to(self.alpha.dtype) * self.alpha.view(shape)
+            self.unpacked = kept if self.offset is None else kept + self.offset.view(shape)
+        return self.unpacked
+
+    def absorb(self, scale: Float[Tensor, " *O"], shift: Float[Tensor, " *O"]) -> None:
+        """Also do what y = scale x + shift would do behind this layer, by step sizes and bias."""
+        bias = 0 if self.bias is None else self.bias
+        self.alpha = (self.alpha * scale).detach().clone()
+        self.offset = None if self.offset is None else self.offset * scale
+        self.bias = nn.Parameter((bias * scale + shift).expand(self.shape[0]).clone(), requires_grad=False)
+        self.unpacked = None
+
+    def to_plain(self) -> None:
+        """Become torch's own layer with that weight."""
+        weight = self.quantized_weight()
+        for name in ("packed", "alpha", "offset", "bits", "shape", "unpacked"):
+            delattr(self, name)
+        self.__class__ = PLAIN_OF[type(self)]
+        self.weight = nn.Parameter(weight)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.unpacked = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"unpacked": None}  # a copy or a pickle stays small
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}, bits={self.bits}"
+
+
+class PackedConv1d(PackedLayer, nn.Conv1d):
+    """nn.Conv1d with packed weights."""
+
+    def forward(self, x: Float[Tensor, "B C N"]) -> Float[Tensor, "B O M"]:
+        return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """nn.Conv2d with packed weights."""
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O _ _"]:
+        return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """nn.Linear with packed weights."""
+
+    def forward(self, x: Float[Tensor, " *batch C"]) -> Float[Tensor, " *batch O"]:
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+
+PACKED_OF = {nn.Conv1d: PackedConv1d, nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
+PLAIN_OF = {packed: plain for plain, packed in PACKED_OF.items()}
+
+
+class ChannelAffine(nn.Module):
+    """y = weight x + bias per channel: what a batch norm is in eval mode, and here in train mode too.
+
+    It runs as a batch norm of mean 0, variance 1 and eps 0, so that rounding stays what it was.
+    """
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        """Fold the statistics of a batch norm that has just become one of this class into its weight and bias."""
+        mean, variance = self.running_mean, self.running_var
+        # As torch's kernel rounds: the root in double, the product in the precision of the weights.
+        scale = (1 / (variance.double() + self.eps).sqrt()).to(variance.dtype)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (scale, shift))
+        self.register_buffer("running_mean", torch.zeros_like(scale), persistent=False)
+        self.register_buffer("running_var", torch.ones_like(scale), persistent=False)
+        self.num_batches_tracked = None
+        self.eps = 0.0
+
+    def _load_from_state_dict(self, *args) -> None:
+        nn.Module._load_from_state_dict(self, *args)  # a batch norm's would want the counter that is gone
+
+    def forward(self, x: Float[Tensor, " B C *rest"]) -> Float[Tensor, " B C *rest"]:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def to_plain(self) -> None:
+        """Become a batch norm again, that of mean 0 and variance 1."""
+        self.__class__ = NORM_OF[type(self)]
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(self, name))
+        self.num_batches_tracked = torch.tensor(0)
+
+
+class ChannelAffine1d(ChannelAffine, nn.BatchNorm1d):
+    """nn.BatchNorm1d as a scale and a shift."""
+
+
+class ChannelAffine2d(ChannelAffine, nn.BatchNorm2d):
+    """nn.BatchNorm2d as a scale and a shift."""
+
+
+AFFINE_OF = {nn.BatchNorm1d: ChannelAffine1d, nn.BatchNorm2d: ChannelAffine2d}
+NORM_OF = {affine: norm for norm, affine in AFFINE_OF.items()}
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Turn a prepared `model` into what is stored and shipped, in place and in eval mode; returns it.
+
+    Quantised weights become packed integers and step sizes, batch norms one scale and one shift per channel. Every
+    prediction stays, bit for bit on a CPU. The float weights are gone: keep a copy of what should train on.
+    Raises ValueError if no layer is quantised or a step size is zero; nothing is changed then.
+    """
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LSQLayer)]
+    if not layers:
+        raise ValueError("no layer of this model has quantised weights: call quantize.prepare first")
+    for name, layer in layers:
+        if not bool(layer.alpha.isfinite().all() & (layer.alpha != 0).all()):
+            raise ValueError(f"a step size of {name} is zero or not finite, so its weights have no integers")
+    for _, layer in layers:
+        packed = pack(layer.integers(), bits=layer.bits)
+        bits, shape, alpha = layer.bits, tuple(layer.weight.shape), layer.alpha.detach()
+        offset = None if layer.offset is None else layer.offset.detach()
+        layer.to_plain()
+        layer.__class__ = PACKED_OF[type(layer)]
+        layer.attach(bits=bits, shape=shape, packed=packed, alpha=alpha, offset=offset)
+    for module in model.modules():
+        if type(module) in AFFINE_OF and module.running_mean is not None:
+            module.__class__ = AFFINE_OF[type(module)]
+            module.attach()
+    model.quantization = model.quantization | {"converted": True}
+    return model.eval()
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Fold every norm right behind a packed layer into its step sizes and bias, in place; returns `model`.
+
+    alpha' = scale alpha, bias' = scale bias + shift: integer weights stay, an MPRF costs nothing (App. D, Eqs. 25-26).
+    Exact up to rounding: in float64, spikes equal and logits within 1e-12.
+    Raises ValueError if `model` has not been converted.
+    """
+    if not any(isinstance(each, PackedLayer) for each in model.modules()):
+        raise ValueError("nothing to fold into: call quantize.convert first")
+    for module in list(model.modules()):
+        if not hasattr(module, "norm_chain"):
+            continue
+        layer, norms = module.norm_chain()
+        for holder, name in norms if isinstance(layer, PackedLayer) else ():
+            layer.absorb(*bn_affine(getattr(holder, name)))
+            setattr(holder, name, nn.Identity())
+    model.quantization = model.quantization | {"folded": True}
+    return model
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model weighs. MB are 10^6 bytes.
+
+    `parameters`: weights, biases and the scales and shifts of norms, without step sizes; as 32-bit floats they take
+    `fp32_mb`.  `paper_m`: millions of "Param" as the paper counts: each quantised weight is bits/32 of one, nothing
+    else is charged.  `packed_mb`: what `convert` stores, scales, shifts, step sizes and biases included.
+    """
+
+    parameters: int
+    fp32_mb: float
+    paper_m: float
+    packed_mb: float
+
+
+def size(model: nn.Module) -> Size:
+    """Sizes of a model, prepared, converted, or neither (every weight is then a 32-bit float)."""
+    parameters = quantized = packed = rest = 0
+    charged = 0.0
+    for module in model.modules():
+        if isinstance(module, LSQLayer | PackedLayer):
+            weights = module.weight.numel() if isinstance(module, LSQLayer) else math.prod(module.shape)
+            quantized += weights
+            charged += weights * module.bits / 32
+            packed += math.ceil(weights * module.bits / 8)
+            rest += sum(each.numel() for each in (module.alpha, module.offset) if each is not None)
+            parameters += 0 if module.bias is None else module.bias.numel()
+        else:
+            parameters += sum(each.numel() for each in module.parameters(recurse=False))
+    if not quantized:
+        charged = parameters
+    total = parameters + quantized
+    return Size(total, 4 * total / 1e6, charged / 1e6, (packed + 4 * (parameters + rest)) / 1e6)

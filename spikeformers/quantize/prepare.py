@@ -1,0 +1,95 @@
+"""`prepare`: give the layers of any model low-bit weights, in place; `plain` takes them back.
+
+Paper: QSD-Transformer, Sec. 3 ("performed for all weight layers") and Fig. 2 (a): only FC, only Conv, only attention.
+Layers change their class and keep their names and weights, so a model has one definition, quantised or not.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from spikeformers.neurons import closest
+from spikeformers.quantize.convert import ChannelAffine, PackedLayer
+from spikeformers.quantize.lsq import LSQ_OF, LSQLayer, integer_range
+
+ROLES = ("attention", "conv", "linear", "first", "last")
+Bits = int | Mapping[str, int | None]
+
+
+def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offset: bool = False) -> nn.Module:
+    """Quantise the weights of convolutions (1-D, 2-D) and linear layers to 2..8 bits by LSQ, in place; returns `model`.
+
+    `bits`: one number for all layers, or a dict. Its keys are names of layers as shell patterns ("stage3.*.attn.*"),
+    "first" and "last" (the outermost layers), "attention", "conv", "linear" (the kind: an attention's projections, an
+    MLP's or classifier's layers, every other convolution), and "*" (the rest); earlier ones in this order win, and
+    among patterns the first that fits. None keeps a layer in float, as does being named by no key.
+    `per_channel`: a step size for each output channel, else one a layer.  `offset`: a learned one as well (LSQ+).
+    A model that is quantised already is quantised anew, its step sizes computed again from its weights.
+    Raises ValueError for bits outside 2..8, a key that fits no layer, or a model without such layers; nothing is
+    changed then.
+    """
+    layers = list(quantizable(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantise")
+    if any(isinstance(layer, PackedLayer) for _, layer, _ in layers):
+        raise ValueError("this model was converted: its float weights are gone; prepare it before `convert`")
+    chosen = chosen_bits(layers, bits)
+    plain(model)
+    for (_, layer, _), width in zip(layers, chosen, strict=True):
+        if width is not None:
+            layer.__class__ = LSQ_OF[type(layer)]
+            layer.attach(bits=width, per_channel=per_channel, offset=offset)
+    told = {"bits": bits if isinstance(bits, int) else dict(bits), "per_channel": per_channel, "offset": offset}
+    model.quantization = told | {"converted": False, "folded": False}
+    return model
+
+
+@torch.no_grad()
+def plain(model: nn.Module) -> nn.Module:
+    """Turn quantised layers back into torch's own, in place, holding the weights that they multiplied by.
+
+    Predictions stay. After `convert` batch norms come back too, as ones with mean 0 and variance 1.  Returns `model`.
+    """
+    for module in model.modules():
+        if isinstance(module, LSQLayer | PackedLayer | ChannelAffine):
+            module.to_plain()
+    model.quantization = None
+    return model
+
+
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, layer and kind ("attention", "conv" or "linear") of everything `prepare` can quantise, in order."""
+    yield from _walk(model, "", None)
+
+
+def _walk(module: nn.Module, name: str, kind: str | None) -> Iterator[tuple[str, nn.Module, str]]:
+    if type(module) in LSQ_OF or isinstance(module, LSQLayer | PackedLayer):
+        yield name, module, kind or ("linear" if isinstance(module, nn.Linear) else "conv")
+        return
+    own = getattr(module, "quantize_role", None) or ("attention" if "Attention" in type(module).__name__ else None)
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, own or kind)
+
+
+def chosen_bits(layers: list[tuple[str, nn.Module, str]], bits: Bits) -> list[int | None]:
+    """Bits of each layer; see `prepare`."""
+    if isinstance(bits, int):
+        integer_range(bits)
+        return [bits] * len(layers)
+    for key, width in bits.items():
+        if width is not None:
+            integer_range(width)
+        if key not in (*ROLES, "*") and not any(fnmatch.fnmatchcase(name, key) for name, _, _ in layers):
+            names = [name for name, _, _ in layers]
+            raise ValueError(f"bits: no layer is called {key!r}; {closest(key, (*ROLES, *names))}")
+    patterns = [key for key in bits if key not in (*ROLES, "*")]
+    found = []
+    for index, (name, _, kind) in enumerate(layers):
+        keys = [key for key in patterns if fnmatch.fnmatchcase(name, key)]
+        keys += ["first"] if index == 0 else []
+        keys += ["last"] if index == len(layers) - 1 else []
+        key = next((key for key in (*keys, kind, "*") if key in bits), None)
+        found.append(None if key is None else bits[key])
+    return found

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
-from spikeformers.recipes import meta_spikeformer, quick, spikformer
+from spikeformers.recipes import meta_spikeformer, qsd_transformer, quick, spikformer
 from spikeformers.train.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -15,6 +15,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "spikformer_cifar10_small": spikformer.cifar10_small,
     "spikformer_v2_cifar10_mae": spikformer.v2_cifar10_mae,
     "spikformer_v2_cifar10_finetune": spikformer.v2_cifar10_finetune,
+    "qsd_transformer_cifar10_small": qsd_transformer.cifar10_small,
+    "qsd_transformer_cifar10_small_ann": qsd_transformer.cifar10_small_ann,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from spikeformers.data.augment import seed_of
 from spikeformers.data.images import load_split
 from spikeformers.data.sampler import ResumableSampler
+from spikeformers.quantize import prepare
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import batches_of, firing_rates
 from spikeformers.train.interrupt import StopRequest
@@ -190,6 +191,8 @@ class _Work:
         network = build_model(recipe, **sizes)
         if recipe.init.backbone and fresh:
             self.notes.append(f"init.backbone: {load_backbone(network, recipe.init.backbone)}")
+        if bits := recipe.quantize.chosen():  # after loading: step sizes come from the weights
+            prepare(network, bits=bits, per_channel=recipe.quantize.per_channel, offset=recipe.quantize.offset)
         self.plain = self.task.wrap(network)
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.sync_bn:

@@ -69,6 +69,35 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class FineGrained:
+    """Fine-grained distillation of q, k and v from an ANN (QSD-Transformer, Eq. 13); no teacher, no distillation."""
+
+    teacher: str = ""  # a run or saved model of the ANN twin, or a caformer of timm, whose `weights` say where from
+    weights: str = "pretrained"  # as in distill
+    rule: typing.Literal["same", "caformer"] = "same"  # which layer of the teacher teaches which
+    weight: float = 2.0  # lambda of Eq. 14
+    norm: typing.Literal["frobenius", "rows"] = "frobenius"  # of the similarity matrices
+    reduction: typing.Literal["sum", "mean"] = "sum"  # over layers, heads and q, k, v
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Low-bit weights by LSQ, from the first step on; 0: as the network is built, in float unless it is quantised."""
+
+    bits: int = 0  # of every layer that `layers` does not name
+    layers: dict[str, object] = field(default_factory=dict)  # kind ("attention", "first", ...) or name -> bits
+    per_channel: bool = True  # a step size for each output channel, else one a layer
+    offset: bool = False  # a learned one as well (LSQ+)
+
+    def chosen(self) -> int | dict[str, int | None] | None:
+        """What `quantize.prepare` is told as `bits`; None: nothing."""
+        if not self.layers:
+            return self.bits or None
+        named = {name: bits or None for name, bits in self.layers.items()}
+        return named | ({"*": self.bits} if self.bits else {})
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """Masked pre-training, without labels or classifier. A ratio of 0: no pre-training but classification."""
 
@@ -107,6 +136,8 @@ class Recipe:
     optim: Optim = Optim()
     init: Init = Init()
     distill: Distill = Distill()
+    fgd: FineGrained = FineGrained()
+    quantize: Quantize = Quantize()
     pretrain: Pretrain = Pretrain()
     saving: Saving = Saving()
     testing: Testing = Testing()
@@ -164,6 +195,8 @@ _LEAST = {
     "optim.cooldown_epochs": 0,
     "optim.weight_decay": 0,
     "optim.clip_grad": 0,
+    "fgd.weight": 0,
+    "quantize.bits": 0,
     "pretrain.decoder_dim": 1,
     "pretrain.decoder_depth": 0,
     "pretrain.decoder_heads": 1,

@@ -73,9 +73,23 @@ def training_rows(summary: "Summary") -> list[tuple[str, str]]:
         ("Energy per image", f"{short(summary.energy_mj)} mJ (convention {summary.energy_convention})"),
         ("The same as an ANN", ann),
         ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
+        *low_bit_rows(summary),
         ("Integer engine", agreement(summary.integer_agreement)),
         ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
     ]
+
+
+def low_bit_rows(summary: "Summary") -> list[tuple[str, str]]:
+    """Sizes of low-bit weights, and what a teacher of q, k and v reached and cost."""
+    rows = []
+    if found := summary.quantized:
+        packed, fp32 = short(found["packed_mb"]), short(found["fp32_mb"])
+        rows.append(("Low-bit weights", f"{packed} MB packed, scales and biases included ({fp32} MB as 32-bit floats)"))
+    if found := summary.distillation:
+        slower, larger = (found[a] / found[b] for a, b in (("seconds", "seconds_plain"), ("kept_mb", "kept_plain_mb")))
+        rows.append(("Teacher", f"{100 * found['teacher_accuracy']:.2f} % test accuracy"))
+        rows.append(("Distillation", f"a step takes {slower:.2f} times as long and {larger:.2f} times the memory"))
+    return rows
 
 
 def agreement(found: dict | None) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from spikeformers.quantize import size
 from spikeformers.train.checkpoint import read_json, write_json
 from spikeformers.train.evaluate import Evaluation, summarise
 from spikeformers.train.recipe import Recipe, to_json
@@ -49,6 +50,8 @@ class Summary:
     threads: int
     hardware: str
     command: str
+    quantized: dict[str, float] | None = None  # quantize.Size of low-bit weights
+    distillation: dict[str, float] | None = None  # of q, k, v: accuracy of the teacher, distill.Cost of a step
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def finish(
     evaluation: Evaluation,
     best_accuracy: float,
     seconds: float,
+    distillation: dict[str, float] | None = None,
 ) -> None:
     """Save the network in `run/model`, count its energy, test its integer form, and write `run/summary.json` last."""
     model = copy.deepcopy(model).cpu().float().eval()
@@ -103,6 +107,8 @@ def finish(
         confusion=evaluation.confusion,
         predictions=evaluation.predictions,
         classes=[str(each) for each in split.classes],
+        quantized=dataclasses.asdict(size(model)) if model.quantization else None,
+        distillation=distillation,
         **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
     )

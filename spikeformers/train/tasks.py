@@ -6,7 +6,10 @@ Distillation: Touvron et al., ICML 2021 (DeiT), Eqs. 2-3, as Meta-SpikeFormer us
 The teacher is any network of timm.
 """
 
+import contextlib
+import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spikeformers.data.augment import mixing
-from spikeformers.train.evaluate import Evaluation, evaluate
+from spikeformers.distill import FineGrainedDistillation, cost
+from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import Distill, Recipe
+from spikeformers.train.recipe import Distill, FineGrained, Recipe
+from spikeformers.train.saved import read_trained
 from spikeformers.train.summary import finish
 from spikeformers.weights import load_strict, read_checkpoint
 
@@ -103,11 +108,18 @@ class Classification:
         mixing_epochs: int = 0,
         teacher: nn.Module | None = None,
         distill: Distill | None = None,
+        fgd_teacher: nn.Module | None = None,
+        fgd: FineGrained | None = None,
     ):
         self.smoothing, self.teacher, self.distill = smoothing, teacher, distill
         self.mixer, self.mixing_epochs = mixer, mixing_epochs
+        self.fgd_teacher, self.fgd = fgd_teacher, fgd
+        self.fine_grained: FineGrainedDistillation | None = None
 
     def wrap(self, network: nn.Module) -> nn.Module:
+        if self.fgd_teacher is not None:
+            choices = {"rule": self.fgd.rule, "norm": self.fgd.norm, "reduction": self.fgd.reduction}
+            self.fine_grained = FineGrainedDistillation(network, self.fgd_teacher, **choices)
         return network
 
     def network(self, model: nn.Module) -> nn.Module:
@@ -127,14 +139,38 @@ class Classification:
         best: float,
         seconds: float,
     ) -> None:
-        finish(model, recipe, run, split=split, evaluation=result, best_accuracy=best, seconds=seconds)
+        found = self.fine_grained and self._distillation(model, split, recipe)
+        finish(
+            model,
+            recipe,
+            run,
+            split=split,
+            evaluation=result,
+            best_accuracy=best,
+            seconds=seconds,
+            distillation=found,
+        )
+
+    def _distillation(self, model: nn.Module, split: Dataset, recipe: Recipe) -> dict[str, float]:
+        """What the teacher reaches on the test split, and what a step with it costs beside one without."""
+        loader = batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers)
+        accuracy = evaluate(self.fgd_teacher, loader).accuracy
+        like = next(model.parameters())
+        images = next(iter(loader))[0].to(like.device, like.dtype)
+        return {"teacher_accuracy": accuracy} | asdict(cost(model, self.fine_grained, images))
 
     def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
         """Scalar loss of images [B,C,H,W] with labels [B] in the given `epoch` (from 0); calls `model` once."""
         target = labels
         if self.mixer is not None and not 0 < self.mixing_epochs <= epoch:
             images, target = self.mixer(images, labels)
-        outputs = model(images)
+        with self.fine_grained.watch() if self.fine_grained else contextlib.nullcontext():
+            outputs = model(images)
+        loss = self._label_loss(images, outputs, target)
+        return loss + self.fgd.weight * self.fine_grained.loss(images) if self.fine_grained else loss
+
+    def _label_loss(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Cross-entropy, with the share that a teacher of logits has in it."""
         if self.teacher is None:
             return cross_entropy(_wide(outputs), target, smoothing=self.smoothing)
         logits, logits_kd = map(_wide, outputs)
@@ -153,32 +189,54 @@ def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: to
     mixer = mixing(recipe.data.augment, num_classes=num_classes)
     if mixer is not None and recipe.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}")
-    teacher = None
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    teacher = fgd_teacher = None
     if recipe.distill.teacher:
-        teacher = build_teacher(recipe.distill, num_classes=num_classes, in_channels=in_channels).to(device)
+        teacher = build_teacher(recipe.distill, group="distill", **sizes).to(device)
+    if recipe.fgd.teacher:
+        fgd_teacher = build_fgd_teacher(recipe.fgd, **sizes).to(device)
     return Classification(
         smoothing=recipe.label_smoothing,
         mixer=mixer,
         mixing_epochs=recipe.data.augment.mixing_epochs,
         teacher=teacher,
         distill=recipe.distill if teacher else None,
+        fgd_teacher=fgd_teacher,
+        fgd=recipe.fgd if fgd_teacher else None,
     )
 
 
-def build_teacher(distill: Distill, *, num_classes: int, in_channels: int) -> nn.Module:
+def build_fgd_teacher(fgd: FineGrained, *, num_classes: int, in_channels: int) -> nn.Module:
+    """The frozen teacher of q, k and v: a finished run or a saved model, else a network of timm.
+
+    Raises ValueError where there is no such folder or network.
+    """
+    if Path(fgd.teacher).is_dir():
+        return read_trained(fgd.teacher)[0].eval().requires_grad_(False)
+    if os.sep in fgd.teacher or not timm.is_model(fgd.teacher):
+        raise ValueError(
+            f"fgd.teacher {fgd.teacher!r} is neither a folder (a run or a saved model: train the ANN twin first) nor a "
+            "network of timm"
+        )
+    return build_teacher(fgd, group="fgd", num_classes=num_classes, in_channels=in_channels)
+
+
+def build_teacher(
+    distill: Distill | FineGrained, *, group: str = "distill", num_classes: int, in_channels: int
+) -> nn.Module:
     """The frozen teacher in eval mode, always in float32.
 
     Raises ValueError for an unknown name, missing weights, or weights of other classes than `num_classes`.
     """
     if not timm.is_model(distill.teacher):
         close = timm.list_models(f"*{distill.teacher.split('_')[0]}*")[:5]
-        raise ValueError(f"distill.teacher {distill.teacher!r} is no model of timm; some like it: {', '.join(close)}")
+        raise ValueError(f"{group}.teacher {distill.teacher!r} is no model of timm; some like it: {', '.join(close)}")
     local = "" if distill.weights in ("pretrained", "random") else distill.weights
     if local and not Path(local).is_file():
-        raise ValueError(f"distill.weights must be 'pretrained', 'random' or a file; there is no file {local}")
+        raise ValueError(f"{group}.weights must be 'pretrained', 'random' or a file; there is no file {local}")
     pretrained = distill.weights == "pretrained"
     if pretrained:
-        _check_pretrained(distill.teacher, num_classes=num_classes)
+        _check_pretrained(distill.teacher, group=group, num_classes=num_classes)
     sizes = {"num_classes": num_classes, "in_chans": in_channels}
     teacher = timm.create_model(distill.teacher, pretrained=pretrained, **sizes)
     if local:
@@ -186,23 +244,23 @@ def build_teacher(distill: Distill, *, num_classes: int, in_channels: int) -> nn
         try:
             load_strict(teacher, weights)
         except ValueError as error:
-            raise ValueError(f"distill.weights {local} is not for {distill.teacher} with {sizes}: {error}") from None
+            raise ValueError(f"{group}.weights {local} is not for {distill.teacher} with {sizes}: {error}") from None
     return teacher.eval().requires_grad_(False)
 
 
-def _check_pretrained(name: str, *, num_classes: int) -> None:
+def _check_pretrained(name: str, *, group: str, num_classes: int) -> None:
     """timm gives a network a random classifier, without a word, where the classes differ in number."""
     try:
         pretrained = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*"))
-        raise ValueError(f"distill.teacher {name!r}: {error} timm has {known}") from None
+        raise ValueError(f"{group}.teacher {name!r}: {error} timm has {known}") from None
     if pretrained is None or not pretrained.has_weights:
-        raise ValueError(f"timm has no pretrained weights for distill.teacher {name!r}; give distill.weights a file")
+        raise ValueError(f"timm has no pretrained weights for {group}.teacher {name!r}; give {group}.weights a file")
     if pretrained.num_classes != num_classes:
         raise ValueError(
-            f"the pretrained weights of distill.teacher {name!r} know {pretrained.num_classes} classes, but the data "
-            f"has {num_classes}: finetune the teacher on this data and give its file as distill.weights"
+            f"the pretrained weights of {group}.teacher {name!r} know {pretrained.num_classes} classes, but the data "
+            f"has {num_classes}: finetune the teacher on this data and give its file as {group}.weights"
         )
 
 

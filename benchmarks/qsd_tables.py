@@ -8,7 +8,8 @@ folder of its own below --runs and is resumed, so that a table can be made over 
     python benchmarks/qsd_tables.py 5 6 --json benchmarks/results/qsd_tables.json
 
 Tables: 5 (baseline of binary spikes at T=4, +IE-LIF, +FGD at 4 bits, three seeds; the whole method at 3 and 2 bits, one
-seed), 6 (steps T and levels D of IE-LIF with a membrane, without distillation, one seed).
+seed), 6 (steps T and levels D of IE-LIF with a membrane, without distillation, one seed), information (entropy of the
+attention scores of trained networks, and what they share with the ANN's: Eqs. 7-8, Fig. 2 (b); and a picture in --runs).
 """
 
 import dataclasses
@@ -16,13 +17,17 @@ from pathlib import Path
 
 from tables import changed, done, make, parser_of
 
-from spikeformers import recipes
+from spikeformers import from_pretrained, recipes
+from spikeformers.data import load_split
+from spikeformers.distill.information import compare, plot
+from spikeformers.train.evaluate import batches_of
 from spikeformers.train.recipe import FineGrained, Recipe
-from spikeformers.train.summary import spread
+from spikeformers.train.summary import read_summary, spread
 
 RATES = (1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 EPOCHS = 4
+SCORED_IMAGES = 256
 
 
 def row(runs: Path, name: str, recipe: Recipe, *, seeds: tuple[int, ...] = (0,)) -> dict:
@@ -94,7 +99,45 @@ def table_6(runs: Path, images: int) -> list[dict]:
     return rows
 
 
-TABLES = {"5": table_5, "6": table_6}
+def information(runs: Path, images: int) -> list[dict]:
+    """Bits in the attention scores of seed 0's networks on 256 test images, means over layers; 32 bins."""
+    recipe = student(images)
+    folders = {
+        "baseline": best_run(runs, "t5_baseline", baseline(images)),
+        "+IE-LIF": best_run(runs, "ie_lif_T-1_D-4", recipe),
+        "+MPRF": best_run(runs, "mprf", changed(recipe, model__options__qkv="rep_conv_mprf")),
+        "+FGD": best_run(runs, "t5_fgd_4-bit", distilled(runs, images)),
+    }
+    split = load_split(recipe.data, "test", seed=0)
+    pictures = next(iter(batches_of(split, batch_size=SCORED_IMAGES, images=SCORED_IMAGES)))[0]
+    ann = from_pretrained(runs / "teacher" / "model")
+    found = {name: compare(from_pretrained(run / "model"), ann, pictures)["mean"] for name, run in folders.items()}
+    plot(found, runs / "information.png")
+    return [
+        {
+            "method": name,
+            "ours": {
+                "accuracy": 100 * read_summary(folders[name]).accuracy,
+                "entropy": each.entropy,
+                "entropy_given_ann": each.entropy_given_ann,
+                "mutual_information": each.mutual_information,
+                "bias": each.bias,
+                "ann_entropy": each.ann_entropy,
+            },
+            "edges": list(each.edges),
+            "counts": list(each.counts),
+            "ann_counts": list(each.ann_counts),
+        }
+        for name, each in found.items()
+    ]
+
+
+def best_run(runs: Path, name: str, recipe: Recipe) -> Path:
+    """The run of the first seed at the best rate, trained if need be."""
+    return runs / f"{name}_lr-{row(runs, name, recipe)['ours']['rate']:g}_seed-{SEEDS[0]}"
+
+
+TABLES = {"5": table_5, "6": table_6, "information": information}
 
 
 def main() -> None:

@@ -27,6 +27,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "meta_spikeformer_31m_imagenet_t4_distilled": meta_spikeformer.imagenet_31m_t4_distilled,
     "meta_spikeformer_55m_imagenet_t4_distilled": meta_spikeformer.imagenet_55m_t4_distilled,
 }
+for _size in ("t", "m", "l"):
+    RECIPES[f"qsd_transformer_{_size}_imagenet"] = partial(qsd_transformer.imagenet, _size)
+    RECIPES[f"qsd_transformer_{_size}_imagenet_ann"] = partial(qsd_transformer.imagenet_ann, _size)
+    for _classes in (10, 100):
+        RECIPES[f"qsd_transformer_{_size}_cifar{_classes}"] = partial(qsd_transformer.transfer, _size, _classes)
+RECIPES["spikformer_8_384_w4_imagenet"] = qsd_transformer.spikformer_imagenet
+RECIPES["spikformer_8_384_w4_imagenet_ann"] = qsd_transformer.spikformer_imagenet_ann
 for _size in ("8_384", "6_512", "8_512", "10_512", "8_768"):
     RECIPES[f"spikformer_{_size}_imagenet"] = partial(spikformer.v1_imagenet, _size)
 for _size in ("4_256", "2_384", "4_384"):

@@ -8,10 +8,13 @@ from torch import nn
 
 import spikeformers as sf
 from spikeformers import energy
+from spikeformers.backbones.meta_spikeformer import ANN_TWIN
 from spikeformers.deploy import integer
 from spikeformers.deploy.counts import IntegerConv
+from spikeformers.distill import FineGrainedDistillation
 from spikeformers.neurons import ILIF, LIF, build_neuron
 from spikeformers.pretrain import MAE
+from spikeformers.quantize import convert, fake_quantize, prepare
 from spikeformers.train.tasks import Classification
 
 pytestmark = pytest.mark.gpu
@@ -143,3 +146,46 @@ def test_a_masked_encoder_gives_the_tokens_of_the_cpu(cuda):
     found, there = mae.to(cuda).encode(images.to(cuda), visible.to(cuda))
     assert torch.equal(there.cpu(), places)
     assert torch.equal(found.cpu(), wanted)  # counts: float64 rounds no spike away
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_low_bit_weights_and_their_gradients_equal_those_of_the_cpu(cuda, offset):
+    weight = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    steps = [torch.rand(6, dtype=torch.float64) + 0.1, *([torch.rand(6, dtype=torch.float64)] if offset else [])]
+    upstream = torch.randn_like(weight)
+    results = []
+    for place in ("cpu", cuda):
+        leaves = [each.detach().to(place).requires_grad_() for each in (weight, *steps)]
+        quantized = fake_quantize(leaves[0], leaves[1], leaves[2] if offset else None, bits=4)
+        quantized.backward(upstream.to(place))
+        results.append([quantized.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-12, atol=1e-12)  # sums over a channel in another order
+
+
+def test_a_packed_network_equals_the_prepared_one(cuda):
+    model = tiny(neuron="ie_lif").to(cuda)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, device=cuda)
+    model.double().train()(images)
+    prepare(model.eval(), bits=4)
+    with sf.record(model) as before:
+        logits = model(images)
+    convert(model)
+    with sf.record(model) as after:
+        packed = model(images)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(packed, logits, rtol=1e-12, atol=1e-12)  # CUDA's batch norm rounds its parts otherwise
+
+
+def test_a_student_learns_from_its_twin(cuda):
+    student, twin = tiny(neuron="ie_lif").to(cuda), tiny(**ANN_TWIN).to(cuda)
+    prepare(student, bits=4)
+    distillation = FineGrainedDistillation(student, twin)
+    images = torch.randn(4, 3, 64, 64, device=cuda)
+    with torch.autocast("cuda", torch.bfloat16), distillation.watch():
+        student(images)
+    loss = distillation.loss(images)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(each.grad).all() for each in student.parameters() if each.grad is not None)
+    assert any(each.grad.any() for name, each in student.named_parameters() if name.endswith("q_conv.pw1.weight"))

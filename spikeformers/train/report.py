@@ -117,10 +117,24 @@ def training_tiles(summary: dict) -> list[tuple[str, str, str]]:
         ("Spikes per image", short(summary["spikes_per_image"]), "integer counts summed"),
         ("Energy per image", f"{short(mj)} mJ", f"{short(ann)} mJ as an ANN{ratio}"),
         ("Parameters", short(summary["parameters"]), f"{short(summary['size_mb'])} MB on disk"),
+        *low_bit_tiles(summary),
     ]
     if found is not None:
         equal = "test predictions equal" if found["same"] == found["total"] else "see below which differ"
         rows.append(("Integer engine", f"{found['same']:,} of {found['total']:,}", equal))
+    return rows
+
+
+def low_bit_tiles(summary: dict) -> list[tuple[str, str, str]]:
+    """Rows of the tiles of low-bit weights and of a teacher of q, k and v; none for a run without."""
+    rows = []
+    if found := summary.get("quantized"):
+        note = f"scales and biases included; {short(found['fp32_mb'])} MB as 32-bit floats"
+        rows.append(("Packed weights", f"{short(found['packed_mb'])} MB", note))
+    if found := summary.get("distillation"):
+        slower, larger = found["seconds"] / found["seconds_plain"], found["kept_mb"] / found["kept_plain_mb"]
+        note = f"test accuracy; a step takes {slower:.2f}x the time, {larger:.2f}x the memory"
+        rows.append(("Teacher", f"{100 * found['teacher_accuracy']:.1f} %", note))
     return rows
 
 

@@ -215,3 +215,15 @@ def test_a_browser_without_network_renders_the_whole_page(run, tmp_path, width):
     assert needed <= width  # nothing sticks out to the side
     assert (broken, requests) == (0, 0)
     assert (figures, lines) == (15, 5)
+
+
+def test_low_bit_weights_and_a_teacher_have_tiles_and_other_runs_have_none(tmp_path, recipe, summary):
+    write_run(tmp_path / "plain", recipe, summary=summary)
+    sizes = {"parameters": 493_210, "fp32_mb": 1.97, "paper_m": 0.06, "packed_mb": 0.31}
+    cost = {"teacher_accuracy": 0.634, "seconds": 0.2, "seconds_plain": 0.1, "kept_mb": 30.0, "kept_plain_mb": 20.0}
+    write_run(tmp_path / "low", recipe, summary=summary | {"quantized": sizes, "distillation": cost})
+    plain, low = (write_report(tmp_path / name).read_text() for name in ("plain", "low"))
+    for text in ("0.310 MB", "1.97 MB as 32-bit floats", "63.4 %", "2.00x the time, 1.50x the memory"):
+        assert text in low
+    assert "Packed weights" not in plain
+    assert "Teacher" not in plain

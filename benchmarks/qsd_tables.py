@@ -9,7 +9,7 @@ folder of its own below --runs and is resumed, so that a table can be made over 
 
 Tables: 5 (baseline of binary spikes at T=4, +IE-LIF, +FGD at 4 bits, three seeds; the whole method at 3 and 2 bits, one
 seed), 6 (steps T and levels D of IE-LIF with a membrane, without distillation, one seed), information (entropy of the
-attention scores of trained networks, and what they share with the ANN's: Eqs. 7-8, Fig. 2 (b); and a picture in --runs).
+attention scores of trained networks, and what they share with the ANN's: Eqs. 7-8, Fig. 2 (b); a picture is in --runs).
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def distilled(runs: Path, images: int, *, bits: int = 4) -> Recipe:
     teacher = changed(recipes.get("qsd_transformer_cifar10_small_ann"), data__train_limit=images)
     done(teacher, runs / "teacher")
     recipe = student(images, model__options__bits=bits)
-    fgd = FineGrained(teacher=str(runs / "teacher"), reduction="mean")
+    fgd = FineGrained(teacher=str(runs / "teacher"))
     return dataclasses.replace(recipe, fgd=fgd)
 
 

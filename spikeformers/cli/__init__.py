@@ -17,6 +17,7 @@ from spikeformers.cli.energy import measure
 from spikeformers.cli.evaluation import evaluate, predict, report
 from spikeformers.cli.listing import list_names
 from spikeformers.cli.parsers import build_parser
+from spikeformers.cli.quantize import quantize_run
 from spikeformers.cli.training import pretrain, train
 from spikeformers.cli.weights import import_weights
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "eval": evaluate,
     "predict": predict,
     "energy": measure,
+    "quantize": quantize_run,
     "report": report,
 }
 

@@ -19,7 +19,7 @@ def build_parser() -> tuple[ArgumentParser, ArgumentParser]:
     )
     top.prog = "spikeformers"
     commands = top.add_subcommands(required=False, metavar="COMMAND", dest="command", title="commands")
-    for add in (add_list, add_train, add_pretrain, add_eval, add_predict, add_energy, add_report):
+    for add in (add_list, add_train, add_pretrain, add_eval, add_predict, add_energy, add_quantize, add_report):
         add(commands)
     weights = new_parser("Weights that others trained.", "spikeformers weights import --help")
     add_command(commands, "weights", weights, "weights that others trained")
@@ -92,17 +92,54 @@ def add_pretrain(commands: "ActionSubCommands") -> None:
     add_command(commands, "pretrain", parser, "learn from images without labels")
 
 
-def add_run(parser: ArgumentParser) -> None:
-    """What starting and resuming a run takes."""
+def add_run(parser: ArgumentParser, *, folders: str = "runs/RECIPE, runs/RECIPE-2, ...") -> None:
+    """What starting and resuming a run takes; `folders`: where it is without --out."""
     parser.add_argument(
         "--resume",
         action="store_true",
         help="go on with the run in --out, else the newest; its --set are known",
     )
-    parser.add_argument(
-        "--out", default="", metavar="DIR", help="run folder (default: runs/RECIPE, runs/RECIPE-2, ...)"
-    )
+    parser.add_argument("--out", default="", metavar="DIR", help=f"run folder (default: {folders})")
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: the recipe's)")
+
+
+def add_quantize(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Fine-tune a run with low-bit weights: by default for a quarter of its epochs, at a third of its rate. Or "
+        "--sensitivity: which kind of layer suffers most from few bits.",
+        "spikeformers quantize runs/digits --bits 4",
+        "spikeformers quantize runs/digits --bits 2 --layers attention=8 first=8 last=8 --set epochs=5 optim.lr=5e-4",
+        "spikeformers quantize runs/digits --sensitivity --twin runs/digits_ann --epochs 2",
+        "spikeformers quantize runs/digits --resume        # go on after Ctrl-C or a crash, to the same result",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--bits", type=int, default=None, metavar="N", help="bits of a weight, 2 to 8 (default: 4)")
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=str,
+        metavar="KIND=BITS",
+        help="other bits for attention, conv, linear, first, last, or layers by name, such as 'stage3.*'; 0: float",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="accuracy with only FC, only conv, only attention or all layers quantised, as a table and a picture; to "
+        "--resume it, repeat its --bits, --epochs and --set",
+    )
+    parser.add_argument("--twin", default="", metavar="RUN", help="run of an ANN, drawn beside it in --sensitivity")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="fine-tuning of each network of --sensitivity (default: 1; 0: none, they are only tested)",
+    )
+    add_setting(parser, "change fields of the run's recipe; several at once, or --set again")
+    add_run(parser, folders="runs/NAME_w4 or runs/NAME_sensitivity, then -2, ...")
+    add_command(commands, "quantize", parser, "low-bit weights for a trained run")
 
 
 def add_eval(commands: "ActionSubCommands") -> None:

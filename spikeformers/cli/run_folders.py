@@ -1,12 +1,36 @@
 """Run folders: which one a training writes to or resumes, claimed before anything is written."""
 
+import contextlib
 import itertools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jsonargparse import Namespace
 
 RUNS = Path("runs")  # where `train` puts its folders unless --out says otherwise
+
+
+@contextmanager
+def run_of(name: str, arguments: Namespace, *, resume: Callable[[Namespace, Path], str]) -> Iterator[Path]:
+    """The folder to write to, see `run_folder`. If nothing came of it, its name is given back.
+
+    After Ctrl-C the message says how to go on: `resume` gives the command.
+    """
+    run = run_folder(name, arguments)
+    try:
+        yield run
+    except KeyboardInterrupt as stop:
+        if not holds_something(run):
+            raise
+        where = f"{stop}; " if str(stop) else ""
+        raise KeyboardInterrupt(f"{where}resume with: {resume(arguments, run)}") from None
+    finally:
+        if not (arguments.out or holds_something(run)):
+            for folder in (run, RUNS):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def run_folder(name: str, arguments: Namespace) -> Path:

@@ -1,14 +1,14 @@
 """`train` and `pretrain`: one run or one for each seed, resumed or new, in one process or several."""
 
-import contextlib
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from spikeformers.cli.run_folders import RUNS, holds_something, run_folder
+from spikeformers.cli.run_folders import run_of
 from spikeformers.cli.settings import configured
 
 if TYPE_CHECKING:
@@ -37,28 +37,18 @@ def run_recipe(arguments: Namespace, *, command: str, seeds: list[int]) -> Path:
     from spikeformers.train.results import print_results, print_spread
     from spikeformers.train.seeds import train_seeds
 
-    run = run_folder(recipes.get(arguments.recipe).name, arguments)
-    if arguments.resume and not seeds and any(run.glob("seed-*")):
-        raise ValueError(f"{run} holds a run for each of several seeds: name them again with --seeds")
-    common = {"run": run, "resume": arguments.resume, "console": main_console()}
-    try:
+    resume = partial(resume_command, command=command)
+    with run_of(recipes.get(arguments.recipe).name, arguments, resume=resume) as run:
+        if arguments.resume and not seeds and any(run.glob("seed-*")):
+            raise ValueError(f"{run} holds a run for each of several seeds: name them again with --seeds")
         recipe = configured(arguments, run)
         check_command(recipe, command)
+        common = {"run": run, "resume": arguments.resume, "console": main_console()}
         if seeds:
             found = train_seeds(recipe, seeds, **common)
             results = {run / f"seed-{seed}": each for seed, each in zip(seeds, found.summaries, strict=True)}
         else:
             results = {run: run_training(recipe, **common)}
-    except KeyboardInterrupt as stop:
-        if not holds_something(run):
-            raise
-        where = f"{stop}; " if str(stop) else ""
-        raise KeyboardInterrupt(f"{where}resume with: {resume_command(arguments, run, command=command)}") from None
-    finally:
-        if not (arguments.out or holds_something(run)):  # nothing came of it: give the claimed name back
-            for folder in (run, RUNS):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
     for folder, summary in results.items() if is_main_process() else ():
         print_results(summary, write_report(folder))
     if len(seeds) > 1 and is_main_process():

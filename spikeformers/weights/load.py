@@ -14,14 +14,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spikeformers.backbones import MetaSpikeFormer, Spikformer
+from spikeformers.backbones import MetaSpikeFormer, QSDTransformer, Spikformer
+from spikeformers.layers import LayerScaleBlock
 from spikeformers.layers.pretrained import CONFIG, WEIGHTS
-from spikeformers.weights import meta_spikeformer, spikformer
+from spikeformers.quantize import LSQLayer
+from spikeformers.quantize.lsq import DERIVED
+from spikeformers.weights import meta_spikeformer, qsd_transformer, spikformer
 
-KEY_MAPS: dict[type[nn.Module], ModuleType] = {MetaSpikeFormer: meta_spikeformer, Spikformer: spikformer}
+KEY_MAPS: dict[type[nn.Module], ModuleType] = {
+    MetaSpikeFormer: meta_spikeformer,
+    QSDTransformer: qsd_transformer,
+    Spikformer: spikformer,
+}
 WRAPPERS = ("module.", "model.", "backbone.")  # DistributedDataParallel, mmengine, mmseg and mmdet
 ENCODER, DECODER = "encoder.", "decoder."  # a masked autoencoder: the network that it pre-trains, and the rest
 OTHER_NETWORKS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.")
+STEPS = tuple(f".{name}" for name in DERIVED)
+LOW_BIT = (*STEPS, ".packed")  # a source with such tensors has low-bit weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class LoadReport:
     loaded: int
     dropped: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()  # step sizes that the file lacks or never set, from the weights that went in
+    unscaled: tuple[str, ...] = ()  # scales of branches: 1, since the file is of a network without
     differs: tuple[str, ...] = ()  # arguments that the source was built with and this model was not
 
     def __str__(self) -> str:
@@ -39,6 +50,10 @@ class LoadReport:
             text += f"; dropped from the file: {few(self.dropped)}"
         if self.kept:
             text += f"; not in the file, left as initialised: {few(self.kept)}"
+        if self.computed:
+            text += f"; step sizes not in the file, computed from its weights: {few(self.computed)}"
+        if self.unscaled:
+            text += f"; branches not scaled in the file, scales set to 1: {few(self.unscaled)}"
         if self.differs:
             text += f"; built otherwise than the source: {', '.join(self.differs)}"
         return text
@@ -82,8 +97,9 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
     """Load the authors' `state_dict` (classification, or with mmseg/mmdet prefixes) into `model`, in place.
 
     Strict: every tensor of the network must be there, and every tensor of the file must be known. Tensors that the
-    authors' network builds and never uses are dropped. Only classifiers may differ: a distillation head that the model
-    lacks is dropped too, heads that a segmentation or detection file lacks keep their values, and the report says so.
+    authors' network builds and never uses are dropped. Classifiers may differ: a distillation head that the model
+    lacks is dropped too, heads that a segmentation or detection file lacks keep their values. A file of the float
+    network may start a quantised one: step sizes are computed, scales of branches 1. The report says all that.
     Raises ValueError otherwise, and the model is then unchanged.
     """
     names = KEY_MAPS.get(type(model))
@@ -92,26 +108,20 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    own: dict[str, Tensor] = {}
-    dropped: list[str] = []
-    unknown: list[str] = []
-    for key, tensor in state_dict.items():
-        bare = _unwrapped(key)
-        name = names.own_key(bare)
-        if name is not None:
-            own[name] = names.own_tensor(bare, tensor)
-        else:
-            foreign = bare.startswith(OTHER_NETWORKS) or names.UNUSED.fullmatch(bare)
-            (dropped if foreign else unknown).append(key)
+    own, dropped, unknown = _translated(names, state_dict)
+    foreign = [key for key in unknown if _unwrapped(key).startswith(OTHER_NETWORKS)]
+    unknown = [key for key in unknown if key not in foreign]
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors in the file are not of {type(model).__name__}: {few(unknown)}")
+        hint = _low_bit_hint(unknown)
+        raise ValueError(f"{len(unknown)} tensors in the file are not of {type(model).__name__}: {few(unknown)}{hint}")
     kept = [key for key in model.state_dict() if key not in own and _is_head(key)]
-    return _load(model, own, kept=kept, dropped=dropped, describe=names.describe_widths)
+    return _load(model, own, kept=kept, dropped=[*dropped, *foreign], describe=names.describe_widths)
 
 
 def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load `weights` under the model's own keys; every key must be there with its shape, nothing else.
 
+    Only step sizes may be left out, those of a layer together: they are computed from its weights.
     Raises ValueError that names the first keys missing, unexpected or of another shape; the model is then unchanged.
     """
     _check_fit(model, weights)
@@ -123,7 +133,8 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
 
     Every weight of the source must arrive but for its classifier, which stays out if it has other classes, and for
     tensors that the authors' network never uses. What the source lacks is new: Xavier weights, zero biases, anything
-    else (a threshold, a norm) as it was built.
+    else (a threshold, a norm) as it was built. Step sizes are computed from the weights where the source has none or is
+    known to have been quantised otherwise; scales of branches that the source did not scale are 1.
     Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
     """
     path = Path(source)
@@ -135,36 +146,74 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     if all(key.startswith((ENCODER, DECODER)) for key in weights):  # a pre-training that is still going
         dropped = [key for key in weights if key.startswith(DECODER)]
         weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key not in dropped}
-    if names is not None and not set(weights) & set(model.state_dict()) - {"head.weight", "head.bias"}:
-        dropped = [key for key in weights if names.UNUSED.fullmatch(_unwrapped(key))]
-        used = {key: tensor for key, tensor in weights.items() if key not in dropped}
-        weights = {names.own_key(_unwrapped(k)) or k: names.own_tensor(_unwrapped(k), v) for k, v in used.items()}
     own = model.state_dict()
-    for key in [key for key in weights if _is_head(key) and (key not in own or weights[key].shape != own[key].shape)]:
-        del weights[key]
-    describe = names.describe_widths if names is not None else None
+    if names is not None and not any(key in own and not _is_head(key) for key in weights):
+        translated, dropped, unknown = _translated(names, weights)
+        weights = translated | {key: weights[key] for key in unknown}
+    stored = _stored_config(path.parent)
+    if _quantized_otherwise(model, stored):
+        weights = {key: value for key, value in weights.items() if not key.endswith(STEPS)}
+    # A classifier comes whole or not at all: one step size for all classes would fit any number of them.
+    other = {_top(key) for key in weights if _is_head(key) and key in own and weights[key].shape != own[key].shape}
+    weights = {key: value for key, value in weights.items() if _top(key) not in other}
     kept = [key for key in own if key not in weights]
     if len(kept) == len(own):
         raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
+    describe = names.describe_widths if names is not None else None
     report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
-    report = replace(report, differs=_differences(model, path.parent / CONFIG))
+    _initialise(model, set(report.kept))
+    return replace(report, differs=_differences(model, stored))
+
+
+def _translated(names: ModuleType, file: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Tensors of the authors' `file` by our names; keys of no use, step sizes never set first; keys unknown."""
+    dropped = qsd_transformer.unset_steps(file)
+    own: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for key in [key for key in file if key not in set(dropped)]:
+        bare = _unwrapped(key)
+        name = names.own_key(bare)
+        if name is not None:
+            own[name] = names.own_tensor(bare, file[key])
+        else:
+            (dropped if names.UNUSED.fullmatch(bare) else unknown).append(key)
+    return own, dropped, unknown
+
+
+def _initialise(model: nn.Module, new: set[str]) -> None:
+    """Xavier weights and zero biases for the parameters `new`, and the step sizes of such weights."""
     for key, parameter in model.named_parameters():
-        if key in report.kept and parameter.ndim > 1:
+        if key in new and parameter.ndim > 1:
             nn.init.xavier_uniform_(parameter)
-        elif key in report.kept and key.endswith("bias"):
+        elif key in new and key.endswith("bias"):
             nn.init.zeros_(parameter)
-    return report
+    for name, layer in model.named_modules():
+        if isinstance(layer, LSQLayer) and f"{name}.weight" in new:
+            layer.reset_step()
 
 
-def _differences(model: nn.Module, stored: Path) -> tuple[str, ...]:
+def _stored_config(folder: Path) -> dict[str, Any]:
+    """What a saved model's config.json says; nothing where there is none."""
+    path = folder / CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _quantized_otherwise(model: nn.Module, stored: dict[str, Any]) -> bool:
+    """Whether the step sizes of a saved model are of other bits or another kind than those of `model`."""
+    theirs, own = stored.get("quantize"), getattr(model, "quantization", None)
+    return bool(theirs and own) and any(theirs.get(field) != own[field] for field in ("bits", "per_channel", "offset"))
+
+
+def _differences(model: nn.Module, stored: dict[str, Any]) -> tuple[str, ...]:
     """Arguments in a saved model's config.json that `model` has otherwise, though all its weights may fit."""
-    if not stored.is_file():
-        return ()
-    overrides = json.loads(stored.read_text(encoding="utf-8"))["overrides"]
-    free = ("steps", "num_classes", "distillation")
+    free = ("steps", "num_classes", "distillation", "bits")
+    overrides = stored.get("overrides", {})
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
     own = {name: getattr(model.config, name, None) for name in values if name not in free}
-    return tuple(f"{name}={own[name]}, there {values[name]}" for name in own if own[name] != values[name])
+    found = tuple(f"{name}={own[name]}, there {values[name]}" for name in own if own[name] != values[name])
+    if _quantized_otherwise(model, stored):
+        found += (f"quantized={model.quantization}, there {stored['quantize']}",)
+    return found
 
 
 def _weights_in(folder: Path) -> Path:
@@ -190,24 +239,72 @@ def _unwrapped(key: str) -> str:
     return key
 
 
+def _top(key: str) -> str:
+    return key.split(".")[0]
+
+
 def _is_head(key: str) -> bool:
-    return key.split(".")[0] in ("head", "head_kd")
+    return _top(key) in ("head", "head_kd")
+
+
+def _low_bit_hint(keys: list[str]) -> str:
+    """What to do if a source's `keys` have no place because its weights have few bits; else nothing."""
+    if not any(key.endswith(LOW_BIT) for key in keys):
+        return ""
+    return (
+        "; the source has low-bit weights, which have no place in this model: load it into a model of its own kind, "
+        "make that float (quantize.plain), save it and start from there, or quantise this one alike (quantize.prepare)"
+    )
+
+
+def _absent_steps(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Step sizes that loading `weights` computes (quantize.lsq): of layers whose weight is there without any."""
+    absent: list[str] = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LSQLayer) and f"{name}.weight" in weights:
+            steps = [f"{name}.{part}" for part in DERIVED if getattr(layer, part) is not None]
+            absent += [] if any(step in weights for step in steps) else steps
+    return absent
+
+
+def _unscaled(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scales of the branches in `weights`, a network without such scales: its branches were scaled by 1."""
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, LayerScaleBlock)}
+    scales = {
+        f"{name}.{branch}": getattr(block, f"{branch}_scale")
+        for name, block in blocks.items()
+        for branch in ("attn", "mlp")
+    }
+    if any(f"{branch}_scale" in weights for branch in scales):
+        return {}
+    return {
+        f"{branch}_scale": torch.ones_like(scale)
+        for branch, scale in scales.items()
+        if any(key.startswith(f"{branch}.") for key in weights)
+    }
 
 
 def _load(model: nn.Module, own: dict[str, Tensor], *, kept: list[str], dropped: list[str], describe) -> LoadReport:
     """Load `own` (our keys) beside what is `kept`; classifiers that the model lacks are dropped."""
     expected = model.state_dict()
-    extra_heads = [key for key in own if key not in expected and _is_head(key)]
-    complete = {key: expected[key] for key in kept} | {k: v for k, v in own.items() if k not in extra_heads}
+    heads = {_top(key) for key in expected}
+    extra_heads = [key for key in own if _is_head(key) and _top(key) not in heads]
+    own = {key: tensor for key, tensor in own.items() if key not in extra_heads}
+    scales = _unscaled(model, own)
+    computed = _absent_steps(model, own)
+    kept = [key for key in kept if key not in computed and key not in scales]
+    complete = {key: expected[key] for key in kept} | scales | own
     _check_fit(model, complete, describe)
     model.load_state_dict(complete)
-    return LoadReport(len(complete) - len(kept), (*dropped, *extra_heads), tuple(kept))
+    return LoadReport(len(own), (*dropped, *extra_heads), tuple(kept), tuple(computed), tuple(scales))
 
 
 def _check_fit(model: nn.Module, weights: dict[str, Tensor], describe=None) -> None:
-    """Raises ValueError unless `weights` has exactly the keys and shapes of the model."""
+    """Raises ValueError unless `weights` has exactly the keys and shapes of the model, but for step sizes."""
     own = model.state_dict()
-    missing, extra = [key for key in own if key not in weights], [key for key in weights if key not in own]
+    computed = set(_absent_steps(model, weights))
+    missing = [key for key in own if key not in weights and key not in computed]
+    extra = [key for key in weights if key not in own]
     wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     problems = [
         f"{len(keys)} {what} ({few(keys)})" for what, keys in (("missing", missing), ("unexpected", extra)) if keys
@@ -217,7 +314,8 @@ def _check_fit(model: nn.Module, weights: dict[str, Tensor], describe=None) -> N
         problems.append(f"{len(wrong)} of another shape ({few(shapes)})")
     if problems:
         looks = f"; the file looks like {describe(weights)}" if describe is not None else ""
-        raise ValueError(f"weights do not fit this {type(model).__name__}: {'; '.join(problems)}{looks}")
+        hint = _low_bit_hint(extra)
+        raise ValueError(f"weights do not fit this {type(model).__name__}: {'; '.join(problems)}{looks}{hint}")
 
 
 def few(names: list[str] | tuple[str, ...]) -> str:

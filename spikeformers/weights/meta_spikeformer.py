@@ -5,10 +5,11 @@ tokens, ours 1x1 on maps: the same weights with one more axis of length 1.
 """
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from spikeformers.backbones.meta_spikeformer import SIZES
+from spikeformers.backbones.meta_spikeformer import SIZES, MetaSpikeFormerConfig
 
 STAGES = {
     "downsample1_1": "stage1a.down.conv",
@@ -78,13 +79,13 @@ def own_tensor(key: str, tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(-1) if key.endswith("_conv.weight") and tensor.ndim == 3 else tensor
 
 
-def describe_widths(weights: dict[str, Tensor]) -> str:
+def describe_widths(weights: dict[str, Tensor], *, sizes: Mapping[str, MetaSpikeFormerConfig] = SIZES) -> str:
     """Which size `weights` (our keys) look like, for the message when they do not fit."""
     try:
         dims = tuple(weights[f"stage{stage}.down.conv.conv.weight"].shape[0] for stage in ("1b", "2", "3", "4"))
     except KeyError:
         return "another architecture"
-    for name, config in SIZES.items():
+    for name, config in sizes.items():
         if config.dims == dims:
             return f"{name} (dims={dims})"
     return f"dims={dims}"

@@ -68,7 +68,7 @@ class QSDSA(SDSA3):
 def integer_attention(product: Int[Tensor, " *shape"], *, levels: int = 4) -> Int[Tensor, " *shape"]:
     """Counts 0..D that Q-SDSA's neuron emits, I = q (k^T v): (I + 2 D^2) // (4 D^2), clipped; D = `levels`.
 
-    For D = 4 that is clamp((I + 32) >> 6, 0, 4). The neuron's own floats equal it where D is a power of two; for other D
+    For D = 4 that is clamp((I + 32) >> 6, 0, 4). The neuron's own floats equal it where D is a power of two; elsewhere
     they may round an exact tie down.  Source: QSD-Transformer, Eq. 6 and 9, constants as coded.
     """
     return ((product + 2 * levels**2) // (4 * levels**2)).clamp(0, levels)

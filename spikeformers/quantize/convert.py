@@ -66,8 +66,12 @@ class PackedLayer(nn.Module):
         kept = self.unpacked
         if kept is None or (kept.device, kept.dtype) != (self.alpha.device, self.alpha.dtype):
             shape = (-1, *[1] * (len(self.shape) - 1))
-            kept = self.integers().to(self.alpha.dtype) * self.alpha.view(shape)
-            self.unpacked = kept if self.offset is None else kept + self.offset.view(shape)
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # what it keeps must also serve calls outside of that mode
+                kept = self.integers().to(self.alpha.dtype) * self.alpha.view(shape)
+                self.unpacked = kept if self.offset is None else kept + self.offset.view(shape)
         return self.unpacked
 
     def absorb(self, scale: Float[Tensor, " *O"], shift: Float[Tensor, " *O"]) -> None:
@@ -131,11 +135,12 @@ class ChannelAffine(nn.Module):
     @torch.no_grad()
     def attach(self) -> None:
         """Fold the statistics of a batch norm that has just become one of this class into its weight and bias."""
-        mean, variance = self.running_mean, self.running_var
-        # As torch's kernel rounds: the root in double, the product in the precision of the weights.
-        scale = (1 / (variance.double() + self.eps).sqrt()).to(variance.dtype)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        mean, variance, zero = self.running_mean, self.running_var, torch.zeros_like(self.running_mean)
+        # The norm of 1 around mean 0, and of 0: rounded as torch's kernel rounds them, in whatever order it multiplies.
+        one, nought = torch.ones_like(mean)[None], zero[None]
+        scale = F.batch_norm(one, zero, variance, self.weight, None, False, 0.0, self.eps)[0]
+        shift = F.batch_norm(nought, mean, variance, self.weight, self.bias, False, 0.0, self.eps)[0]
+        self.norm_eps = self.eps
         self.weight, self.bias = (nn.Parameter(each, requires_grad=False) for each in (scale, shift))
         self.register_buffer("running_mean", torch.zeros_like(scale), persistent=False)
         self.register_buffer("running_var", torch.ones_like(scale), persistent=False)
@@ -149,11 +154,13 @@ class ChannelAffine(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def to_plain(self) -> None:
-        """Become a batch norm again, that of mean 0 and variance 1."""
+        """Become a batch norm again, that of mean 0 and variance 1 - eps."""
         self.__class__ = NORM_OF[type(self)]
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, getattr(self, name))
-        self.num_batches_tracked = torch.tensor(0)
+        self.eps = self.norm_eps
+        del self.norm_eps
+        self.register_buffer("running_mean", self.running_mean)
+        self.register_buffer("running_var", self.running_var - self.eps)
+        self.num_batches_tracked = torch.zeros((), dtype=torch.long, device=self.weight.device)
 
 
 class ChannelAffine1d(ChannelAffine, nn.BatchNorm1d):
@@ -173,28 +180,43 @@ def convert(model: nn.Module) -> nn.Module:
     """Turn a prepared `model` into what is stored and shipped, in place and in eval mode; returns it.
 
     Quantised weights become packed integers and step sizes, batch norms one scale and one shift per channel. Every
-    prediction stays, bit for bit on a CPU. The float weights are gone: keep a copy of what should train on.
-    Raises ValueError if no layer is quantised or a step size is zero; nothing is changed then.
+    prediction stays, on a CPU in 32 or 64 bits bit for bit (but borders of RepConv, and norms of maps that are neither
+    contiguous nor channels-last, round otherwise). The float weights are gone: keep a copy of what should train on.
+    Raises ValueError if no layer is quantised, a step size is zero or a weight not finite; nothing is changed then.
     """
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LSQLayer)]
     if not layers:
         raise ValueError("no layer of this model has quantised weights: call quantize.prepare first")
     for name, layer in layers:
-        if not bool(layer.alpha.isfinite().all() & (layer.alpha != 0).all()):
-            raise ValueError(f"a step size of {name} is zero or not finite, so its weights have no integers")
+        if not bool(layer.quantized_weight().isfinite().all() & (layer.alpha != 0).all()):
+            who = name or type(layer).__name__
+            raise ValueError(f"{who} has a step size of zero or weights that are not finite, so these have no integers")
     for _, layer in layers:
         packed = pack(layer.integers(), bits=layer.bits)
         bits, shape, alpha = layer.bits, tuple(layer.weight.shape), layer.alpha.detach()
         offset = None if layer.offset is None else layer.offset.detach()
-        layer.to_plain()
+        layer.release()
         layer.__class__ = PACKED_OF[type(layer)]
         layer.attach(bits=bits, shape=shape, packed=packed, alpha=alpha, offset=offset)
     for module in model.modules():
-        if type(module) in AFFINE_OF and module.running_mean is not None:
-            module.__class__ = AFFINE_OF[type(module)]
+        norm = _norm_of(module)
+        if norm is not None and module.running_mean is not None:
+            module.__class__ = AFFINE_OF[norm]
             module.attach()
-    model.quantization = model.quantization | {"converted": True}
+    _record(model, "converted")
     return model.eval()
+
+
+def _norm_of(module: nn.Module) -> type[nn.Module] | None:
+    """The batch norm of torch that `module` computes as; a norm with a `forward` of its own may do more."""
+    return next((norm for norm in AFFINE_OF if isinstance(module, norm) and type(module).forward is norm.forward), None)
+
+
+def _record(model: nn.Module, event: str) -> None:
+    """Note what was done to `model` with every module in it that `prepare` was given."""
+    for module in model.modules():
+        if getattr(module, "quantization", None):
+            module.quantization = module.quantization | {event: True}
 
 
 @torch.no_grad()
@@ -214,7 +236,7 @@ def fold(model: nn.Module) -> nn.Module:
         for holder, name in norms if isinstance(layer, PackedLayer) else ():
             layer.absorb(*bn_affine(getattr(holder, name)))
             setattr(holder, name, nn.Identity())
-    model.quantization = model.quantization | {"folded": True}
+    _record(model, "folded")
     return model
 
 
@@ -235,8 +257,9 @@ class Size:
 
 def size(model: nn.Module) -> Size:
     """Sizes of a model, prepared, converted, or neither (every weight is then a 32-bit float)."""
-    parameters = quantized = packed = rest = 0
+    quantized = packed = rest = 0
     charged = 0.0
+    float32: dict[nn.Parameter, int] = {}  # by identity: layers may share one
     for module in model.modules():
         if isinstance(module, LSQLayer | PackedLayer):
             weights = module.weight.numel() if isinstance(module, LSQLayer) else math.prod(module.shape)
@@ -244,9 +267,11 @@ def size(model: nn.Module) -> Size:
             charged += weights * module.bits / 32
             packed += math.ceil(weights * module.bits / 8)
             rest += sum(each.numel() for each in (module.alpha, module.offset) if each is not None)
-            parameters += 0 if module.bias is None else module.bias.numel()
+            kept = [module.bias] if module.bias is not None else []
         else:
-            parameters += sum(each.numel() for each in module.parameters(recurse=False))
+            kept = module.parameters(recurse=False)
+        float32 |= {each: each.numel() for each in kept}
+    parameters = sum(float32.values())
     if not quantized:
         charged = parameters
     total = parameters + quantized

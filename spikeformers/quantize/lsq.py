@@ -22,10 +22,10 @@ DERIVED = ("alpha", "offset")  # tensors that loading can compute from the weigh
 def integer_range(bits: int) -> tuple[int, int]:
     """Smallest and largest integer of a signed weight, Qn and Qp: -8 and 7 for 4 bits.
 
-    Raises ValueError for bits outside 2..8.
+    Raises ValueError for bits that are no whole number from 2 to 8.
     """
-    if not FEWEST_BITS <= bits <= MOST_BITS:
-        raise ValueError(f"bits must be between {FEWEST_BITS} and {MOST_BITS}, got {bits}")
+    if type(bits) is not int or not FEWEST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"bits must be between {FEWEST_BITS} and {MOST_BITS}, got {bits!r}")
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
@@ -116,22 +116,30 @@ class LSQLayer(nn.Module):
         units = _units(self.weight, self.alpha.view(shape), offset)
         return units.clamp(*integer_range(self.bits)).round().to(torch.int8)
 
+    def release(self) -> None:
+        """Become torch's own layer again, with the float weight that trained."""
+        for name in ("bits", *DERIVED):
+            delattr(self, name)
+        self.__class__ = self.plain
+
     @torch.no_grad()
     def to_plain(self) -> None:
         """Become torch's own layer with the weight that this one multiplied by."""
         weight = self.quantized_weight()
-        for name in ("bits", *DERIVED):
-            delattr(self, name)
-        self.__class__ = self.plain
-        self.weight.copy_(weight)
+        self.release()
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)  # a new one: another layer may share the old
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        absent = [prefix + name for name in DERIVED if prefix + name in missing]
-        if absent and prefix + "weight" in state_dict:
-            self.reset_step()
-            for key in absent:
-                missing.remove(key)
+        steps = {prefix + name: name for name in DERIVED if getattr(self, name) is not None}
+        if prefix + "weight" not in state_dict or any(key in state_dict for key in steps):
+            return
+        for name in steps.values():
+            step, weight = getattr(self, name), self.weight
+            if (step.device, step.dtype) != (weight.device, weight.dtype):  # after load_state_dict(..., assign=True)
+                setattr(self, name, nn.Parameter(torch.empty_like(step, device=weight.device, dtype=weight.dtype)))
+        self.reset_step()
+        missing[:] = [key for key in missing if key not in steps]
 
     def extra_repr(self) -> str:
         steps = "per channel" if len(self.alpha) == self.weight.shape[0] else "one step"

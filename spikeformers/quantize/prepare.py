@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from spikeformers.layers import Pretrained
 from spikeformers.neurons import closest
 from spikeformers.quantize.convert import ChannelAffine, PackedLayer
 from spikeformers.quantize.lsq import LSQ_OF, LSQLayer, integer_range
@@ -26,9 +27,9 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     MLP's or classifier's layers, every other convolution), and "*" (the rest); earlier ones in this order win, and
     among patterns the first that fits. None keeps a layer in float, as does being named by no key.
     `per_channel`: a step size for each output channel, else one a layer.  `offset`: a learned one as well (LSQ+).
-    A model that is quantised already is quantised anew, its step sizes computed again from its weights.
-    Raises ValueError for bits outside 2..8, a key that fits no layer, or a model without such layers; nothing is
-    changed then.
+    A model that is quantised already is quantised anew, its step sizes computed again from its float weights.
+    Raises ValueError for bits outside 2..8, a key that fits no layer, or a model without such layers or whose float
+    weights are gone; nothing is changed then.
     """
     layers = list(quantizable(model))
     if not layers:
@@ -36,32 +37,64 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     if any(isinstance(layer, PackedLayer) for _, layer, _ in layers):
         raise ValueError("this model was converted: its float weights are gone; prepare it before `convert`")
     chosen = chosen_bits(layers, bits)
-    plain(model)
     for (_, layer, _), width in zip(layers, chosen, strict=True):
+        if isinstance(layer, LSQLayer):
+            layer.release()
         if width is not None:
             layer.__class__ = LSQ_OF[type(layer)]
             layer.attach(bits=width, per_channel=per_channel, offset=offset)
-    told = {"bits": bits if isinstance(bits, int) else dict(bits), "per_channel": per_channel, "offset": offset}
+    _keep_to_forward(model)
+    _forget(model)
+    told = {"bits": dict(bits) if isinstance(bits, Mapping) else bits, "per_channel": per_channel, "offset": offset}
     model.quantization = told | {"converted": False, "folded": False}
     return model
+
+
+def _keep_to_forward(model: nn.Module) -> None:
+    """Bar torch's encoders from the short cut, in eval mode, that reads weights of their linear layers itself.
+
+    It stays barred after `plain`: its sums round otherwise, and predictions are to stay.
+    """
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    for encoder in [module for module in model.modules() if isinstance(module, encoders)]:
+        if any(isinstance(each, LSQLayer) for each in encoder.modules()):
+            encoder.use_nested_tensor = False  # of the stack
+            encoder.activation_relu_or_gelu = 0  # of a layer: only these two activations have the short cut
 
 
 @torch.no_grad()
 def plain(model: nn.Module) -> nn.Module:
     """Turn quantised layers back into torch's own, in place, holding the weights that they multiplied by.
 
-    Predictions stay. After `convert` batch norms come back too, as ones with mean 0 and variance 1.  Returns `model`.
+    Predictions stay. After `convert` batch norms come back too, as ones with mean 0 and variance 1 - eps; after `fold`
+    they do not, so that a model of the catalogue can no longer be saved as one.  Returns `model`.
     """
     for module in model.modules():
         if isinstance(module, LSQLayer | PackedLayer | ChannelAffine):
             module.to_plain()
-    model.quantization = None
+        if isinstance(module, Pretrained) and module.quantization and module.quantization["folded"]:
+            module.origin = None
+    _forget(model)
     return model
 
 
+def _forget(model: nn.Module) -> None:
+    """Drop what `model` and every module in it say about their quantisation: it would not be what they have."""
+    for module in model.modules():
+        if getattr(module, "quantization", None):
+            module.quantization = None
+
+
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, layer and kind ("attention", "conv" or "linear") of everything `prepare` can quantise, in order."""
-    yield from _walk(model, "", None)
+    """Name, layer and kind ("attention", "conv" or "linear") of everything `prepare` can quantise, in order.
+
+    A layer that stands in several places has the name and kind of the first.
+    """
+    seen: set[nn.Module] = set()
+    for name, layer, kind in _walk(model, "", None):
+        if layer not in seen:
+            seen.add(layer)
+            yield name, layer, kind
 
 
 def _walk(module: nn.Module, name: str, kind: str | None) -> Iterator[tuple[str, nn.Module, str]]:
@@ -75,14 +108,18 @@ def _walk(module: nn.Module, name: str, kind: str | None) -> Iterator[tuple[str,
 
 def chosen_bits(layers: list[tuple[str, nn.Module, str]], bits: Bits) -> list[int | None]:
     """Bits of each layer; see `prepare`."""
-    if isinstance(bits, int):
+    if not isinstance(bits, Mapping):
         integer_range(bits)
         return [bits] * len(layers)
+    names, kinds = [name for name, _, _ in layers], {kind for _, _, kind in layers}
     for key, width in bits.items():
         if width is not None:
             integer_range(width)
-        if key not in (*ROLES, "*") and not any(fnmatch.fnmatchcase(name, key) for name, _, _ in layers):
-            names = [name for name, _, _ in layers]
+        if key in ("first", "last", "*") or key in kinds:
+            continue
+        if key in ROLES:
+            raise ValueError(f"bits: this model has no {key} layer, only {' and '.join(sorted(kinds))}")
+        if not any(fnmatch.fnmatchcase(name, key) for name in names):
             raise ValueError(f"bits: no layer is called {key!r}; {closest(key, (*ROLES, *names))}")
     patterns = [key for key in bits if key not in (*ROLES, "*")]
     found = []

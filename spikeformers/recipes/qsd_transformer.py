@@ -12,7 +12,8 @@ Ours: the small recipe only (benchmarks/qsd_tables.py). First the teacher, then 
 `--set fgd.teacher=` leaves the distillation out, `model.options.bits=2` takes 2 bits, `fgd.teacher=caformer_s18
 fgd.rule=caformer` timm's network as the teacher. Batches are Table 8's over eight processes (1568 = 8 x 196).
 Departures: bfloat16 instead of float16. Where paper and code differ (warm-up 10 or 15 epochs) the paper is followed;
-random erasing is only in the code. The teacher's own settings are not given: the student's are taken.
+random erasing is only in the code. All but the epochs is as for Meta-SpikeFormer. The teacher's own settings are not
+given: the student's are taken.
 """
 
 import dataclasses
@@ -20,30 +21,20 @@ import dataclasses
 from spikeformers.backbones import qsd_transformer, spikformer
 from spikeformers.data.augment import Augment
 from spikeformers.data.images import ImageData
+from spikeformers.recipes import meta_spikeformer
 from spikeformers.recipes.quick import cifar10_root
-from spikeformers.train.recipe import FineGrained, Init, ModelChoice, Optim, Quantize, Recipe, Saving, Testing
+from spikeformers.train.recipe import FineGrained, Init, ModelChoice, Optim, Quantize, Recipe, Testing
 
 
 def imagenet(size: str) -> Recipe:
     """4 bits, IE-LIF, distilled from the ANN twin: 300 epochs, LAMB 6e-4 for 256 images, warm-up 10 (Table 8)."""
     name = f"qsd_transformer_{size}"
-    return Recipe(
+    return dataclasses.replace(
+        meta_spikeformer.imagenet_15m(),
         name=f"{name}_imagenet",
-        data=ImageData(
-            source="imagenet",
-            size=224,
-            eval_crop=0.875,
-            augment=Augment(policy="rand-m9-mstd0.5-inc1", resized_crop=0.08, flip=0.5, erase=0.25),
-        ),
         model=ModelChoice(name=name, neuron="ie_lif", steps=1),
-        optim=Optim(name="lambc", lr=6e-4, lr_batch=256, min_lr=1e-6, warmup_epochs=10.0, weight_decay=0.05),
         fgd=FineGrained(teacher=f"runs/{name}_imagenet_ann"),
-        saving=Saving(every_steps=500),
         epochs=300,
-        batch_size=196,
-        label_smoothing=0.1,
-        precision="bfloat16",
-        workers=8,
     )
 
 

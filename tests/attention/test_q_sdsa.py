@@ -13,19 +13,9 @@ from spikeformers.energy import record
 from spikeformers.layers import ConvBN, RepConv
 from spikeformers.neurons import IELIF, neuron_builder
 from spikeformers.zoo import create_model
+from tests.attention.test_ssa import Chosen
 
 IE_LIF = neuron_builder("ie_lif")
-
-
-class Chosen(nn.Module):
-    """A projection whose output is chosen by the test; without one it hands its input on."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.value: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.value is None else self.value
 
 
 def attended(kind: type[SDSA3], *, levels: int = 4, heads: int = 1, **counts: torch.Tensor) -> torch.Tensor:

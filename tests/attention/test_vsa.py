@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from spikeformers.attention import VSA, IdentityMap, LeakyReLUMap, ReLUMap, SoftmaxAttention, VSAFloatV
 from spikeformers.attention.ssa import SpikeAttention
 from spikeformers.layers import ConvBN
 from spikeformers.neurons import LIF, Neuron, neuron_builder
+from tests.attention.test_ssa import Chosen
 
 HEADS, WIDTH, SCALE = 3, 4, 0.25
 
@@ -32,17 +32,6 @@ FORMULAS = {
     ReLUMap: (lambda q, k: SCALE * q.clamp(min=0).T @ k.clamp(min=0), True),
     LeakyReLUMap: (lambda q, k: SCALE * leaky(q).T @ leaky(k), True),
 }
-
-
-class Chosen(nn.Module):
-    """A projection whose output is chosen by the test; without one it hands its input on."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.value: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.value is None else self.value
 
 
 def mixture(kind: type[SpikeAttention], **currents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

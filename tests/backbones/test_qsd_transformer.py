@@ -15,24 +15,14 @@ from spikeformers.layers import LayerScaleBlock, TransformerBlock
 from spikeformers.neurons import Neuron, set_steps, streaming
 from spikeformers.quantize import LSQLayer, quantizable, size
 from spikeformers.zoo import create_model
+from tests.backbones.test_meta_spikeformer import TINY, awake
 
-TINY = {"dims": (8, 16, 16, 24), "num_classes": 5, "blocks": (1, 1, 1, 1, 1), "heads": 4}
 LAYERS = 3 * (1 + 3 + 2) + 2 * (1 + 12 + 2) + 1  # down, SepConv, 3x3s; down, four RepConvs of three, MLP; classifier
 
 
 def tiny(**overrides) -> nn.Module:
     torch.manual_seed(3)
     return create_model("qsd_transformer_t", **(TINY | overrides))
-
-
-def awake(model: nn.Module) -> nn.Module:
-    """Batch norms shifted so that neurons fire, as in a trained network; float64, eval."""
-    generator = torch.Generator().manual_seed(5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.bias.data.uniform_(-0.5, 1.5, generator=generator)
-            module.running_var.uniform_(0.1, 0.5, generator=generator)
-    return model.double().eval()
 
 
 def images(count: int = 3) -> torch.Tensor:

@@ -18,9 +18,14 @@ def bn_affine(bn: nn.BatchNorm2d | nn.Identity) -> tuple[Float[Tensor, " *C"], F
     return scale, bn.bias - bn.running_mean * scale
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight that a convolution or linear layer multiplies by: the quantised one where it has low-bit weights."""
+    return (layer.quantized_weight() if hasattr(layer, "quantized_weight") else layer.weight).detach()
+
+
 def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d) -> nn.Conv2d:
     """A new convolution with bias that equals `conv` followed by `norms` in eval mode."""
-    weight = conv.weight.detach()
+    weight = weight_of(conv)
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     for norm in norms:
         scale, shift = (part.detach() for part in bn_affine(norm))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from
+from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from, weight_of
 
 
 def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.BatchNorm2d) -> Tensor:
@@ -47,7 +47,8 @@ class RepConv(nn.Module):
     def merge(self) -> nn.Conv2d:
         """The dense 3x3 convolution, zero padding 1, that equals this layer in eval mode."""
         (s1, b1), (s2, b2), (s3, b3) = bn_affine(self.bn1), bn_affine(self.bn2), bn_affine(self.bn3)
-        outer, depthwise, inner = self.pw2.weight[:, :, 0, 0], self.dw.weight[:, 0], self.pw1.weight[:, :, 0, 0]
+        outer, inner = (weight_of(layer)[:, :, 0, 0] for layer in (self.pw2, self.pw1))
+        depthwise = weight_of(self.dw)[:, 0]
         kernel = torch.einsum("om,mij,mc->ocij", outer, depthwise, s1[:, None] * inner)
         bias = outer @ (depthwise.sum((1, 2)) * b1)
         like = nn.Conv2d(self.pw1.in_channels, self.pw2.out_channels, 3, padding=1, device="meta")

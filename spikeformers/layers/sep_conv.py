@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from spikeformers.layers.conv_bn import ConvBN, bn_affine, conv2d_from
+from spikeformers.layers.conv_bn import ConvBN, bn_affine, conv2d_from, weight_of
 from spikeformers.neurons import NeuronBuilder
 
 
@@ -29,7 +29,7 @@ class SepConv(nn.Module):
     def merge_spatial(self) -> nn.Conv2d:
         """The dense 7x7 convolution 2C -> C, zero padding 3, that equals dw, pw2 and its batch norm in eval mode."""
         scale, shift = bn_affine(self.pw2.bn)
-        pointwise = self.pw2.conv.weight[:, :, 0, 0] * scale[:, None]
-        kernel = torch.einsum("om,mij->omij", pointwise, self.dw.weight[:, 0])
+        pointwise = weight_of(self.pw2.conv)[:, :, 0, 0] * scale[:, None]
+        kernel = torch.einsum("om,mij->omij", pointwise, weight_of(self.dw)[:, 0])
         like = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=self.dw.padding, device="meta")
         return conv2d_from(kernel, shift, like=like)

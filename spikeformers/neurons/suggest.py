@@ -3,11 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
+LISTED = 20  # names
+
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The names in `known` most like `name` as "closest: a, b, c"; all of them if none is like it."""
+    """The names in `known` most like `name` as "closest: a, b, c"; the first twenty if none is like it."""
     names = list(known)
-    return f"closest: {', '.join(difflib.get_close_matches(name, names, n=3) or names)}"
+    shown = difflib.get_close_matches(name, names, n=3) or names[:LISTED]
+    more = f" and {len(names) - LISTED} more" if len(shown) == LISTED < len(names) else ""
+    return f"closest: {', '.join(shown)}{more}"
 
 
 def choose(field: str, choice: object, known: dict[str, object]) -> object:

@@ -20,6 +20,7 @@ from spikeformers.layers import (
     VanillaShortcut,
 )
 from spikeformers.neurons import IELIF, neuron_builder
+from spikeformers.quantize import prepare
 
 I_LIF = neuron_builder("i_lif", levels=4)
 
@@ -172,3 +173,10 @@ def test_the_residual_shortcut_adds_and_has_nothing_of_its_own():
 
 def test_shortcut_names_are_the_papers():
     assert set(SHORTCUTS) == {"ms", "sew", "vs", "iand", "residual"}
+
+
+@pytest.mark.parametrize("build", [partial(ConvBN, 5, 7, 3), partial(RepConv, 5, 7)], ids=["conv_bn", "rep_conv"])
+def test_layers_with_low_bit_weights_merge_what_they_multiply_by(build):
+    layer = prepare(trained(build()), bits=3)
+    x = torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    assert torch.allclose(layer.merge()(x), layer(x), atol=1e-12, rtol=0)  # sums in another order

@@ -5,6 +5,7 @@ import torch
 
 from spikeformers import create_model
 from spikeformers.neurons import Neuron
+from spikeformers.quantize import LSQLayer, prepare
 from spikeformers.recipes import RECIPES, get
 from spikeformers.train.optimise import peak_rate
 from spikeformers.train.recipe import from_json, to_json
@@ -96,3 +97,29 @@ def test_the_ann_twin_of_cifar_is_the_same_network_without_spikes():
 
 def neurons(model):
     return [module for module in model.modules() if isinstance(module, Neuron)]
+
+
+def test_the_qsd_recipes_are_table_8s():
+    recipe = get("qsd_transformer_t_imagenet")
+    optim, augment = recipe.optim, recipe.data.augment
+    assert (recipe.epochs, 8 * recipe.batch_size, recipe.data.size, recipe.label_smoothing) == (300, 1568, 224, 0.1)
+    assert (optim.name, optim.lr, optim.lr_batch, optim.weight_decay) == ("lambc", 6e-4, 256, 0.05)
+    assert (optim.warmup_epochs, augment.policy, augment.mixup) == (10.0, "rand-m9-mstd0.5-inc1", 0.0)
+    assert (recipe.model.steps, recipe.model.levels, recipe.fgd.weight, recipe.fgd.rule) == (1, 4, 2.0, "same")
+    tuned = get("qsd_transformer_t_cifar100")
+    assert (tuned.epochs, tuned.batch_size, tuned.data.size, tuned.label_smoothing) == (100, 256, 128, 0.0)
+    assert (tuned.data.augment.mixup, tuned.data.augment.cutmix, tuned.optim.warmup_epochs) == (0.8, 1.0, 0.0)
+    assert (tuned.optim.lr, tuned.fgd.teacher, tuned.init.backbone) == (6e-4, "", "runs/qsd_transformer_t_imagenet")
+
+
+def test_a_twin_has_the_layers_of_its_student_in_float():
+    for name in ("qsd_transformer_t_imagenet", "spikformer_8_384_w4_imagenet"):
+        student, teacher = get(name), get(f"{name}_ann")
+        assert student.fgd.teacher == f"runs/{teacher.name}"
+        with torch.device("meta"):
+            spiking, ann = (create_model(each.model.name, **each.model.overrides()) for each in (student, teacher))
+            if bits := student.quantize.chosen():
+                prepare(spiking, bits=bits)
+        assert [type(each).__name__ for each in ann.modules() if isinstance(each, Neuron | LSQLayer)] == []
+        own = {key: value.shape for key, value in spiking.state_dict().items() if not key.endswith(".alpha")}
+        assert own == {key: value.shape for key, value in ann.state_dict().items()}

@@ -22,7 +22,7 @@ from spikeformers.data import load_split
 from spikeformers.distill.information import compare, plot
 from spikeformers.train.evaluate import batches_of
 from spikeformers.train.recipe import FineGrained, Recipe
-from spikeformers.train.summary import read_summary, spread
+from spikeformers.train.summary import Summary, spread
 
 RATES = (1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -30,12 +30,17 @@ EPOCHS = 4
 SCORED_IMAGES = 256
 
 
+def trained(runs: Path, name: str, recipe: Recipe, *, rate: float, seed: int = 0) -> tuple[Path, Summary]:
+    """One training of a row, and its folder."""
+    folder = runs / f"{name}_lr-{rate:g}_seed-{seed}"
+    return folder, done(dataclasses.replace(changed(recipe, optim__lr=rate), seed=seed), folder)
+
+
 def row(runs: Path, name: str, recipe: Recipe, *, seeds: tuple[int, ...] = (0,)) -> dict:
     """One row: the best of RATES by the first seed, then all `seeds` at that rate."""
 
     def accuracy(rate: float, seed: int) -> float:
-        asked = dataclasses.replace(changed(recipe, optim__lr=rate), seed=seed)
-        return 100 * done(asked, runs / f"{name}_lr-{rate:g}_seed-{seed}").accuracy
+        return 100 * trained(runs, name, recipe, rate=rate, seed=seed)[1].accuracy
 
     trials = {rate: accuracy(rate, seeds[0]) for rate in RATES}
     best = max(trials, key=trials.get)
@@ -100,24 +105,26 @@ def table_6(runs: Path, images: int) -> list[dict]:
 
 
 def information(runs: Path, images: int) -> list[dict]:
-    """Bits in the attention scores of seed 0's networks on 256 test images, means over layers; 32 bins."""
-    recipe = student(images)
-    folders = {
-        "baseline": best_run(runs, "t5_baseline", baseline(images)),
-        "+IE-LIF": best_run(runs, "ie_lif_T-1_D-4", recipe),
-        "+MPRF": best_run(runs, "mprf", changed(recipe, model__options__qkv="rep_conv_mprf")),
-        "+FGD": best_run(runs, "t5_fgd_4-bit", distilled(runs, images)),
+    """Bits in the attention scores on 256 test images, means over layers, 32 bins; seed 0 at the larger rate."""
+    recipes_of = {
+        "baseline": ("t5_baseline", baseline(images)),
+        "+IE-LIF": ("ie_lif_T-1_D-4", student(images)),
+        "+MPRF": ("mprf", student(images, model__options__qkv="rep_conv_mprf")),
+        "+FGD": ("t5_fgd_4-bit", distilled(runs, images)),
     }
-    split = load_split(recipe.data, "test", seed=0)
+    runs_of = {method: trained(runs, *each, rate=RATES[-1]) for method, each in recipes_of.items()}
+    split = load_split(student(images).data, "test", seed=0)
     pictures = next(iter(batches_of(split, batch_size=SCORED_IMAGES, images=SCORED_IMAGES)))[0]
     ann = from_pretrained(runs / "teacher" / "model")
-    found = {name: compare(from_pretrained(run / "model"), ann, pictures)["mean"] for name, run in folders.items()}
+    found = {
+        method: compare(from_pretrained(run / "model"), ann, pictures)["mean"] for method, (run, _) in runs_of.items()
+    }
     plot(found, runs / "information.png")
     return [
         {
-            "method": name,
+            "method": method,
             "ours": {
-                "accuracy": 100 * read_summary(folders[name]).accuracy,
+                "accuracy": 100 * runs_of[method][1].accuracy,
                 "entropy": each.entropy,
                 "entropy_given_ann": each.entropy_given_ann,
                 "mutual_information": each.mutual_information,
@@ -128,13 +135,8 @@ def information(runs: Path, images: int) -> list[dict]:
             "counts": list(each.counts),
             "ann_counts": list(each.ann_counts),
         }
-        for name, each in found.items()
+        for method, each in found.items()
     ]
-
-
-def best_run(runs: Path, name: str, recipe: Recipe) -> Path:
-    """The run of the first seed at the best rate, trained if need be."""
-    return runs / f"{name}_lr-{row(runs, name, recipe)['ours']['rate']:g}_seed-{SEEDS[0]}"
 
 
 TABLES = {"5": table_5, "6": table_6, "information": information}

@@ -58,8 +58,14 @@ def parser_of(documented: str, tables: dict[str, Callable], *, runs: str, images
     return parser
 
 
-def make(script: str, tables: dict[str, Callable[[Path, int], list[dict]]], options: argparse.Namespace) -> None:
-    """Make the tables that were asked for, print them, and write --json."""
+def make(
+    script: str,
+    tables: dict[str, Callable[[Path, int], list[dict]]],
+    options: argparse.Namespace,
+    *,
+    ground: dict[str, object] | None = None,
+) -> None:
+    """Make the tables that were asked for, print them, and write --json. `ground`: what all rows share."""
     command = ["python", f"benchmarks/{script}.py", *options.tables, "--images", str(options.images)]
     result = {
         "command": shlex.join(command),
@@ -68,8 +74,11 @@ def make(script: str, tables: dict[str, Callable[[Path, int], list[dict]]], opti
         "images": options.images,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "timm", "spikeformers")},
+        **(ground or {}),
         "tables": {},
     }
+    for name, value in (ground or {}).items():
+        print(f"{name}: {value}")
     for name in options.tables:
         rows = tables[name](options.runs / f"images-{options.images}", options.images)
         result["tables"][name] = {"what": tables[name].__doc__, "rows": rows}

@@ -25,19 +25,32 @@ class Cost:
     kept_plain_mb: float
 
 
-def cost(student: nn.Module, distillation: FineGrainedDistillation, images: Tensor, *, repeats: int = 3) -> Cost:
-    """Medians over `repeats` steps on `images` with and without the loss, taken in turn; `student` stays as it is."""
+def cost(
+    student: nn.Module,
+    distillation: FineGrainedDistillation,
+    images: Tensor,
+    *,
+    autocast: torch.dtype | None = None,
+    repeats: int = 3,
+) -> Cost:
+    """Medians over `repeats` steps on `images` with and without the loss, taken in turn; `student` stays as it is.
+
+    `autocast`: precision of the forward passes, None for that of the images.
+    """
     student = copy.deepcopy(student).train()
     choices = {"rule": distillation.rule, "norm": distillation.norm, "reduction": distillation.reduction}
+    choices |= {"activation": distillation.activation}
     distillation = FineGrainedDistillation(student, distillation.teacher, **choices)
 
     def plain() -> Tensor:
-        return student(images).sum()
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            return student(images).float().sum()
 
     def distilled() -> Tensor:
-        with distillation.watch():
-            logits = student(images)
-        return logits.sum() + distillation.loss(images)
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            with distillation.watch():
+                logits = student(images)
+            return logits.float().sum() + distillation.loss(images)
 
     took: dict[str, list[float]] = {"plain": [], "distilled": []}
     for _ in range(repeats):

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikeformers.distill.teachers import AttentionOperands, attentions, listen, teacher_of
-from spikeformers.neurons import as_membrane, choose
+from spikeformers.neurons import ACTIVATIONS, as_membrane, choose
 
 NORMS = {"frobenius": (-2, -1), "rows": (-1,)}  # the axes of one length
+TEACHER_ACTIVATIONS = {"none": nn.Identity()} | {name: build() for name, build in ACTIVATIONS.items()}
 REDUCTIONS = {"sum": torch.sum, "mean": torch.mean}  # over layers, heads, and q, k, v
 Layers = list[AttentionOperands]
 QKV = tuple[Tensor, Tensor, Tensor]  # [B, M, K, N] each
@@ -165,6 +166,7 @@ class FineGrainedDistillation:
             outputs = model(images)  # the student, or a wrapper around it
         loss = cross_entropy(outputs, labels) + 2 * distillation.loss(images)
     `teacher`: see `teacher_of`; it is frozen.  `rule`: one of RULES, or your own.  `norm`, `reduction`: see `fgd_loss`.
+    `activation`: what the teacher's q, k, v pass before they are compared: none, gelu or relu.
     Raises ValueError for a choice that does not exist, or a network without attention that multiplies q, k and v.
     """
 
@@ -176,6 +178,7 @@ class FineGrainedDistillation:
         rule: str | Rule = "same",
         norm: str = "frobenius",
         reduction: str = "sum",
+        activation: str = "none",
     ) -> None:
         self.rule = choose("rule", rule, RULES)
         for field, choice, known in (("norm", norm, NORMS), ("reduction", reduction, REDUCTIONS)):
@@ -183,6 +186,7 @@ class FineGrainedDistillation:
         attentions(student)
         self.student, self.teacher = student, teacher_of(teacher)
         self.norm, self.reduction = norm, reduction
+        self.activation = choose("activation", activation, TEACHER_ACTIVATIONS)
         self._layers: Layers = []
 
     @contextmanager
@@ -207,7 +211,7 @@ class FineGrainedDistillation:
             teacher = self.rule.align(student, self.teacher.to(images).operands(images))
         return fgd_loss(
             [layer.qkv for layer in student],
-            [layer.qkv for layer in teacher],
+            [tuple(self.activation(x) for x in layer.qkv) for layer in teacher],
             norm=self.norm,
             reduction=self.reduction,
             average_heads=self.rule.average_heads,

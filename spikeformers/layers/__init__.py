@@ -3,7 +3,7 @@
 from spikeformers.layers.block import LayerScaleBlock, Mixer, TransformerBlock
 from spikeformers.layers.conv_bn import ConvBN, NormChain, bn_affine, conv2d_from, merge_conv_bn
 from spikeformers.layers.mlp import ChannelConv, ChannelMLP
-from spikeformers.layers.pretrained import Pretrained
+from spikeformers.layers.pretrained import Pretrained, low_bit_layers
 from spikeformers.layers.rep_conv import RepConv
 from spikeformers.layers.sep_conv import SepConv
 from spikeformers.layers.shortcut import (
@@ -34,5 +34,6 @@ __all__ = [
     "VanillaShortcut",
     "bn_affine",
     "conv2d_from",
+    "low_bit_layers",
     "merge_conv_bn",
 ]

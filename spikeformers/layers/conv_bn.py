@@ -10,10 +10,8 @@ NormChain = tuple[nn.Module, tuple[tuple[nn.Module, str], ...]]
 """A convolution, and the norms right behind it in order, each as the module that holds it and its name there."""
 
 
-def bn_affine(bn: nn.BatchNorm2d | nn.Identity) -> tuple[Float[Tensor, " *C"], Float[Tensor, " *C"]]:
-    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift; 1, 0 where it was folded."""
-    if isinstance(bn, nn.Identity):
-        return torch.ones(()), torch.zeros(())
+def bn_affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift."""
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
 
@@ -23,11 +21,13 @@ def weight_of(layer: nn.Module) -> Tensor:
     return (layer.quantized_weight() if hasattr(layer, "quantized_weight") else layer.weight).detach()
 
 
-def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d) -> nn.Conv2d:
-    """A new convolution with bias that equals `conv` followed by `norms` in eval mode."""
+def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d | nn.Identity) -> nn.Conv2d:
+    """A new convolution with bias that equals `conv` followed by `norms` in eval mode; folded ones are identities."""
     weight = weight_of(conv)
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     for norm in norms:
+        if isinstance(norm, nn.Identity):
+            continue
         scale, shift = (part.detach() for part in bn_affine(norm))
         weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
     return conv2d_from(weight, bias, like=conv)

@@ -32,17 +32,19 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder`/config.json and model.safetensors, replacing those there; returns the folder.
 
-        Raises ValueError if the model did not come from create_model or was given a builder that JSON cannot name,
-        and OSError if the disk is full; what the folder held before is then left as it was.
+        Raises ValueError if the model did not come from create_model, was given a builder that JSON cannot name, or has
+        other low-bit layers than `quantize.prepare` gave it, and OSError if the disk is full; what the folder held
+        before is then left as it was.
         """
         if self.origin is None:
             raise ValueError("only models built by create_model can be saved: config.json names them by the catalogue")
+        quantize = self._described_quantization()
         config = {
             "format": FORMAT,
             "name": self.origin.name,
             "overrides": self.origin.overrides,
             "steps": self.steps,
-            "quantize": self.quantization,
+            "quantize": quantize,
             "version": __version__,
         }
         try:
@@ -52,6 +54,22 @@ class Pretrained(nn.Module):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_files(Path(folder), {WEIGHTS: safetensors.torch.save(weights), CONFIG: text.encode() + b"\n"})
         return Path(folder)
+
+    def _described_quantization(self) -> dict[str, Any] | None:
+        """What `quantization` says for config.json. Raises ValueError if the layers are no longer as it says."""
+        told = dict(self.quantization or {})
+        known, found = told.pop("layers", {}), low_bit_layers(self)
+        if changed := [name for name in known | found if known.get(name) != found.get(name)]:
+            raise ValueError(
+                f"the low-bit layers are not those that quantize.prepare made (first: {changed[0]}), so config.json "
+                "cannot describe them: call prepare on the whole model again, with a pattern for what differs"
+            )
+        return told or None
+
+
+def low_bit_layers(model: nn.Module) -> dict[str, int]:
+    """Bits of every layer of `model` with low-bit weights, by its name."""
+    return {name: each.bits for name, each in model.named_modules() if hasattr(each, "bits") and hasattr(each, "alpha")}
 
 
 def write_files(folder: Path, contents: dict[str, bytes]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from, weight_of
+from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from, merge_conv_bn, weight_of
 
 
 def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.BatchNorm2d) -> Tensor:
@@ -46,10 +46,9 @@ class RepConv(nn.Module):
     @torch.no_grad()
     def merge(self) -> nn.Conv2d:
         """The dense 3x3 convolution, zero padding 1, that equals this layer in eval mode."""
-        (s1, b1), (s2, b2), (s3, b3) = bn_affine(self.bn1), bn_affine(self.bn2), bn_affine(self.bn3)
-        outer, inner = (weight_of(layer)[:, :, 0, 0] for layer in (self.pw2, self.pw1))
-        depthwise = weight_of(self.dw)[:, 0]
+        s1, b1 = bn_affine(self.bn1)
+        last = merge_conv_bn(self.pw2, self.bn2, self.bn3)
+        inner, depthwise, outer = weight_of(self.pw1)[:, :, 0, 0], weight_of(self.dw)[:, 0], last.weight[:, :, 0, 0]
         kernel = torch.einsum("om,mij,mc->ocij", outer, depthwise, s1[:, None] * inner)
-        bias = outer @ (depthwise.sum((1, 2)) * b1)
         like = nn.Conv2d(self.pw1.in_channels, self.pw2.out_channels, 3, padding=1, device="meta")
-        return conv2d_from(kernel * (s3 * s2).view(-1, 1, 1, 1), (bias * s2 + b2) * s3 + b3, like=like)
+        return conv2d_from(kernel, outer @ (depthwise.sum((1, 2)) * b1) + last.bias, like=like)

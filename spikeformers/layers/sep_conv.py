@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from spikeformers.layers.conv_bn import ConvBN, bn_affine, conv2d_from, weight_of
+from spikeformers.layers.conv_bn import ConvBN, conv2d_from, weight_of
 from spikeformers.neurons import NeuronBuilder
 
 
@@ -28,8 +28,7 @@ class SepConv(nn.Module):
     @torch.no_grad()
     def merge_spatial(self) -> nn.Conv2d:
         """The dense 7x7 convolution 2C -> C, zero padding 3, that equals dw, pw2 and its batch norm in eval mode."""
-        scale, shift = bn_affine(self.pw2.bn)
-        pointwise = weight_of(self.pw2.conv)[:, :, 0, 0] * scale[:, None]
-        kernel = torch.einsum("om,mij->omij", pointwise, weight_of(self.dw)[:, 0])
+        last = self.pw2.merge()
+        kernel = torch.einsum("om,mij->omij", last.weight[:, :, 0, 0], weight_of(self.dw)[:, 0])
         like = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], padding=self.dw.padding, device="meta")
-        return conv2d_from(kernel, shift, like=like)
+        return conv2d_from(kernel, last.bias, like=like)

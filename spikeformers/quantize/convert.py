@@ -66,15 +66,13 @@ class PackedLayer(nn.Module):
         kept = self.unpacked
         if kept is None or (kept.device, kept.dtype) != (self.alpha.device, self.alpha.dtype):
             shape = (-1, *[1] * (len(self.shape) - 1))
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # what it keeps must also serve calls outside of that mode
+            # A first call in inference mode would keep a tensor that no later gradient could pass by.
+            with torch.inference_mode(False), torch.no_grad():
                 kept = self.integers().to(self.alpha.dtype) * self.alpha.view(shape)
                 self.unpacked = kept if self.offset is None else kept + self.offset.view(shape)
         return self.unpacked
 
-    def absorb(self, scale: Float[Tensor, " *O"], shift: Float[Tensor, " *O"]) -> None:
+    def absorb(self, scale: Float[Tensor, " O"], shift: Float[Tensor, " O"]) -> None:
         """Also do what y = scale x + shift would do behind this layer, by step sizes and bias."""
         bias = 0 if self.bias is None else self.bias
         self.alpha = (self.alpha * scale).detach().clone()
@@ -234,8 +232,10 @@ def fold(model: nn.Module) -> nn.Module:
             continue
         layer, norms = module.norm_chain()
         for holder, name in norms if isinstance(layer, PackedLayer) else ():
-            layer.absorb(*bn_affine(getattr(holder, name)))
-            setattr(holder, name, nn.Identity())
+            norm = getattr(holder, name)
+            if not isinstance(norm, nn.Identity):  # not folded already
+                layer.absorb(*bn_affine(norm))
+                setattr(holder, name, nn.Identity())
     _record(model, "folded")
     return model
 
@@ -245,8 +245,9 @@ class Size:
     """What a model weighs. MB are 10^6 bytes.
 
     `parameters`: weights, biases and the scales and shifts of norms, without step sizes; as 32-bit floats they take
-    `fp32_mb`.  `paper_m`: millions of "Param" as the paper counts: each quantised weight is bits/32 of one, nothing
-    else is charged.  `packed_mb`: what `convert` stores, scales, shifts, step sizes and biases included.
+    `fp32_mb`.  `paper_m`: millions of "Param" as the paper counts: a weight of `bits` bits is bits/32 of one, a float
+    one is one, and nothing else is charged.  `packed_mb`: what `convert` stores, scales, shifts, step sizes and biases
+    included.
     """
 
     parameters: int
@@ -270,9 +271,8 @@ def size(model: nn.Module) -> Size:
             kept = [module.bias] if module.bias is not None else []
         else:
             kept = module.parameters(recurse=False)
+            charged += module.weight.numel() if isinstance(module, tuple(PACKED_OF)) else 0
         float32 |= {each: each.numel() for each in kept}
     parameters = sum(float32.values())
-    if not quantized:
-        charged = parameters
     total = parameters + quantized
     return Size(total, 4 * total / 1e6, charged / 1e6, (packed + 4 * (parameters + rest)) / 1e6)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from spikeformers.layers import Pretrained
+from spikeformers.layers import Pretrained, low_bit_layers
 from spikeformers.neurons import closest
 from spikeformers.quantize.convert import ChannelAffine, PackedLayer
 from spikeformers.quantize.lsq import LSQ_OF, LSQLayer, integer_range
@@ -23,9 +23,10 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     """Quantise the weights of convolutions (1-D, 2-D) and linear layers to 2..8 bits by LSQ, in place; returns `model`.
 
     `bits`: one number for all layers, or a dict. Its keys are names of layers as shell patterns ("stage3.*.attn.*"),
-    "first" and "last" (the outermost layers), "attention", "conv", "linear" (the kind: an attention's projections, an
-    MLP's or classifier's layers, every other convolution), and "*" (the rest); earlier ones in this order win, and
-    among patterns the first that fits. None keeps a layer in float, as does being named by no key.
+    "first" and "last" (in the order in which the model defines its layers), "attention", "conv", "linear" (the kind: an
+    attention's projections, an MLP's or classifier's layers, every other convolution), and "*" (the rest); earlier ones
+    in this order win, and among patterns the first that fits. None keeps a layer in float, as does being named by no
+    key, and being of a class derived from torch's (parametrised layers are).
     `per_channel`: a step size for each output channel, else one a layer.  `offset`: a learned one as well (LSQ+).
     A model that is quantised already is quantised anew, its step sizes computed again from its float weights.
     Raises ValueError for bits outside 2..8, a key that fits no layer, or a model without such layers or whose float
@@ -37,6 +38,8 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     if any(isinstance(layer, PackedLayer) for _, layer, _ in layers):
         raise ValueError("this model was converted: its float weights are gone; prepare it before `convert`")
     chosen = chosen_bits(layers, bits)
+    if all(width is None for width in chosen):
+        raise ValueError(f"bits={bits!r} leaves every layer in float: name one that has 2 to 8 bits")
     for (_, layer, _), width in zip(layers, chosen, strict=True):
         if isinstance(layer, LSQLayer):
             layer.release()
@@ -46,7 +49,7 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     _keep_to_forward(model)
     _forget(model)
     told = {"bits": dict(bits) if isinstance(bits, Mapping) else bits, "per_channel": per_channel, "offset": offset}
-    model.quantization = told | {"converted": False, "folded": False}
+    model.quantization = told | {"converted": False, "folded": False, "layers": low_bit_layers(model)}
     return model
 
 

@@ -7,10 +7,13 @@ Ours: the small recipe only (benchmarks/qsd_tables.py). First the teacher, then 
 
     accelerate launch -m spikeformers train qsd_transformer_t_imagenet_ann --set data.root=IMAGENET \
         --out runs/qsd_transformer_t_imagenet_ann
-    accelerate launch -m spikeformers train qsd_transformer_t_imagenet --set data.root=IMAGENET --out runs/qsd_t
+    accelerate launch -m spikeformers train qsd_transformer_t_imagenet --set data.root=IMAGENET \
+        --out runs/qsd_transformer_t_imagenet
+    spikeformers train qsd_transformer_t_cifar10 --set data.root=CIFAR     # starts from that run
 
 `--set fgd.teacher=` leaves the distillation out, `model.options.bits=2` takes 2 bits, `fgd.teacher=caformer_s18
-fgd.rule=caformer` timm's network as the teacher. Batches are Table 8's over eight processes (1568 = 8 x 196).
+fgd.rule=caformer` timm's network as the teacher. ImageNet's batches are Table 8's over eight processes (1568 = 8 x
+196), CIFAR's are for one.
 Departures: bfloat16 instead of float16. Where paper and code differ (warm-up 10 or 15 epochs) the paper is followed;
 random erasing is only in the code. All but the epochs is as for Meta-SpikeFormer. The teacher's own settings are not
 given: the student's are taken.

@@ -66,8 +66,16 @@ def sync_bn(model: nn.Module) -> nn.Module:
     Parameters, buffers and names stay. Raises ValueError for a batch norm that it does not know.
     """
     for name, module in model.named_modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncedBatchNorm2d
+        if isinstance(module, nn.BatchNorm2d) and type(module).forward is nn.BatchNorm2d.forward:
+            module.__class__ = SyncedBatchNorm2d  # also an MPRF, which differs in how it starts
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncedBatchNorm2d):
             raise ValueError(f"cannot synchronise {name or 'the model'}, a {type(module).__name__}; use nn.BatchNorm2d")
+    return model
+
+
+def local_bn(model: nn.Module) -> nn.Module:
+    """Undo `sync_bn`, in place, so that one process can run `model` in train mode alone; returns `model`."""
+    for module in model.modules():
+        if isinstance(module, SyncedBatchNorm2d):
+            module.__class__ = nn.BatchNorm2d
     return model

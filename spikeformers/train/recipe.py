@@ -78,6 +78,7 @@ class FineGrained:
     weight: float = 2.0  # lambda of Eq. 14
     norm: typing.Literal["frobenius", "rows"] = "frobenius"  # of the similarity matrices
     reduction: typing.Literal["sum", "mean"] = "sum"  # over layers, heads and q, k, v
+    activation: typing.Literal["none", "gelu", "relu"] = "none"  # on the teacher's q, k, v before they are compared
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import logging
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,8 @@ from spikeformers.quantize import size
 from spikeformers.train.checkpoint import read_json, write_json
 from spikeformers.train.evaluate import Evaluation, summarise
 from spikeformers.train.recipe import Recipe, to_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,13 @@ def finish(
     evaluation: Evaluation,
     best_accuracy: float,
     seconds: float,
-    distillation: dict[str, float] | None = None,
+    distillation: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """Save the network in `run/model`, count its energy, test its integer form, and write `run/summary.json` last."""
+    """Save the network in `run/model`, count its energy, test its integer form, and write `run/summary.json` last.
+
+    `distillation` measures what a teacher of q, k and v gave and cost. It is asked once the network is safe, and may
+    run out of the device's memory: then nothing is known of it.
+    """
     model = copy.deepcopy(model).cpu().float().eval()
     model.save_pretrained(run / "model")
     tensors = [*model.parameters(), *model.buffers()]
@@ -108,11 +115,19 @@ def finish(
         predictions=evaluation.predictions,
         classes=[str(each) for each in split.classes],
         quantized=dataclasses.asdict(size(model)) if model.quantization else None,
-        distillation=distillation,
+        distillation=_measured(distillation),
         **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
     )
     write_json(run / "summary.json", dataclasses.asdict(summary))
+
+
+def _measured(distillation: Callable[[], dict[str, float]] | None) -> dict[str, float] | None:
+    try:
+        return distillation() if distillation else None
+    except torch.OutOfMemoryError:
+        logger.warning("not enough memory to measure what the distillation costs")
+        return None
 
 
 def circumstances() -> dict[str, object]:

@@ -7,9 +7,11 @@ The teacher is any network of timm.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from spikeformers.data.augment import mixing
 from spikeformers.distill import FineGrainedDistillation, cost
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
+from spikeformers.train.parallel import local_bn
 from spikeformers.train.pretraining import MaskedModelling
 from spikeformers.train.recipe import Distill, FineGrained, Recipe
 from spikeformers.train.saved import read_trained
@@ -118,7 +121,7 @@ class Classification:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         if self.fgd_teacher is not None:
-            choices = {"rule": self.fgd.rule, "norm": self.fgd.norm, "reduction": self.fgd.reduction}
+            choices = {name: getattr(self.fgd, name) for name in ("rule", "norm", "reduction", "activation")}
             self.fine_grained = FineGrainedDistillation(network, self.fgd_teacher, **choices)
         return network
 
@@ -139,7 +142,7 @@ class Classification:
         best: float,
         seconds: float,
     ) -> None:
-        found = self.fine_grained and self._distillation(model, split, recipe)
+        measure = partial(self._distillation, model, split, recipe) if self.fine_grained else None
         finish(
             model,
             recipe,
@@ -148,7 +151,7 @@ class Classification:
             evaluation=result,
             best_accuracy=best,
             seconds=seconds,
-            distillation=found,
+            distillation=measure,
         )
 
     def _distillation(self, model: nn.Module, split: Dataset, recipe: Recipe) -> dict[str, float]:
@@ -157,7 +160,9 @@ class Classification:
         accuracy = evaluate(self.fgd_teacher, loader).accuracy
         like = next(model.parameters())
         images = next(iter(loader))[0].to(like.device, like.dtype)
-        return {"teacher_accuracy": accuracy} | asdict(cost(model, self.fine_grained, images))
+        student = local_bn(copy.deepcopy(model))  # only the main process is here
+        autocast = torch.bfloat16 if recipe.precision == "bfloat16" else None
+        return {"teacher_accuracy": accuracy} | asdict(cost(student, self.fine_grained, images, autocast=autocast))
 
     def loss(self, model: Callable, images: Tensor, labels: Tensor, *, epoch: int) -> Tensor:
         """Scalar loss of images [B,C,H,W] with labels [B] in the given `epoch` (from 0); calls `model` once."""

@@ -109,6 +109,7 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     own, dropped, unknown = _translated(names, state_dict)
+    own = _steps_of_other_bits_left_out(model, own)
     foreign = [key for key in unknown if _unwrapped(key).startswith(OTHER_NETWORKS)]
     unknown = [key for key in unknown if key not in foreign]
     if unknown:
@@ -149,7 +150,7 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     own = model.state_dict()
     if names is not None and not any(key in own and not _is_head(key) for key in weights):
         translated, dropped, unknown = _translated(names, weights)
-        weights = translated | {key: weights[key] for key in unknown}
+        weights = _steps_of_other_bits_left_out(model, translated) | {key: weights[key] for key in unknown}
     stored = _stored_config(path.parent)
     if _quantized_otherwise(model, stored):
         weights = {key: value for key, value in weights.items() if not key.endswith(STEPS)}
@@ -178,6 +179,16 @@ def _translated(names: ModuleType, file: dict[str, Tensor]) -> tuple[dict[str, T
         else:
             (dropped if names.UNUSED.fullmatch(bare) else unknown).append(key)
     return own, dropped, unknown
+
+
+def _steps_of_other_bits_left_out(model: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' tensors without step sizes of layers that have other bits here: those are computed."""
+    other = {
+        f"{name}.{qsd_transformer.STEP}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, LSQLayer) and layer.bits != qsd_transformer.BITS
+    }
+    return {key: tensor for key, tensor in own.items() if key not in other}
 
 
 def _initialise(model: nn.Module, new: set[str]) -> None:

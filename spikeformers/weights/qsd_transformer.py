@@ -12,10 +12,11 @@ from spikeformers.backbones.qsd_transformer import SIZES
 from spikeformers.weights import meta_spikeformer
 from spikeformers.weights.meta_spikeformer import STAGES, own_tensor
 
-__all__ = ["UNUSED", "describe_widths", "own_key", "own_tensor", "unset_steps"]
+__all__ = ["BITS", "UNUSED", "describe_widths", "own_key", "own_tensor", "unset_steps"]
 
 SCALES = {"layer_scale1": "attn_scale", "layer_scale2": "mlp_scale"}
 STEP, FLAG = "alpha", "init_state"
+BITS = 4  # of every released file
 # Flags, and a quantiser of inputs that returns its input.
 UNUSED = re.compile(rf".+\.({FLAG}|act\.({STEP}|zero_point|{FLAG}|signed))")
 

@@ -32,7 +32,8 @@ def test_rows_share_images_epochs_and_rates_and_every_network_can_be_built(table
     rows = [*tables.table_5(tmp_path, 100), *tables.table_6(tmp_path, 100)]
     assert [row["paper"]["accuracy"] for row in rows[:5]] == [70.0, 75.8, 77.5, None, 75.0]
     assert [len(row["accuracies"]) for row in rows] == [3, 3, 3, *[1] * 8]
-    assert all(row["ours"]["rate"] == 3e-3 and set(row["trials"]) == {1e-3, 3e-3} for row in rows)
+    assert all(row["ours"]["rate"] == 3e-3 for row in rows)
+    assert [set(row["trials"]) for row in rows] == [{1e-3, 3e-3}] * 3 + [{3e-3}] * 8
     assert rows[0]["ours"]["accuracy"] == pytest.approx(31)  # 30, 31 and 32 by the note above
     ground = tables.asked["ie_lif_T-1_D-4_lr-0.003_seed-0"]
     for name, recipe in tables.asked.items():

@@ -115,7 +115,7 @@ def test_a_converted_network_predicts_the_same_bit_for_bit(name, options):
         logits, maps = model(x), model.forward_features(x)
         assert logits.std(0).max() > 0  # the network is alive
         integers = {layer: each.integers() for layer, each in layers_of(model).items()}
-        assert convert(model) is model
+        assert convert(model.train()) is model
         assert not model.training
         assert torch.equal(model(x), logits)
         if name.startswith("spikformer"):  # in the others the border of a RepConv rounds otherwise
@@ -191,10 +191,9 @@ def test_a_norm_that_uses_each_batch_or_does_more_is_left_alone(norm):
     assert type(model[1]) is type(norm)
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), prepare(nn.Linear(2, 2), bits={})]
-)
-def test_a_model_without_low_bit_weights_is_refused_and_stays(model):
+@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), lambda: plain(small())])
+def test_a_model_without_low_bit_weights_is_refused_and_stays(build):
+    model = build()
     types, keys = [type(each) for each in model.modules()], model.state_dict().keys()
     with pytest.raises(ValueError, match=r"no layer of this model has quantised weights: call quantize\.prepare first"):
         convert(model.train())
@@ -380,15 +379,16 @@ def test_folding_wants_a_converted_model():
 
 
 @pytest.mark.parametrize("name", ["meta_ie_lif", "spikformer_v2", "qsd_mprf"])
-def test_prepared_and_converted_networks_fuse_for_deployment(name):
+def test_prepared_converted_and_folded_networks_fuse_for_deployment(name):
     model, x = trained(name).double(), images().double()
     with torch.no_grad():
         logits = model(x)
-        for network in (model, convert(copy.deepcopy(model)), plain(convert(copy.deepcopy(model)))):
+        forms = [model, convert(copy.deepcopy(model)), fold(convert(copy.deepcopy(model)))]
+        forms += [plain(copy.deepcopy(form)) for form in forms]
+        for form in forms:
             # float64: merging changes the order of sums
-            assert (sf.deploy.fuse(network)(x) - logits).abs().max() <= 1e-12
-        folded = fold(convert(model))
-        assert (plain(folded)(x) - logits).abs().max() <= 1e-12
+            assert (sf.deploy.fuse(form)(x) - logits).abs().max() <= 1e-12
+            assert (form(x) - logits).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("options", [{"bits": {"attention": None, "*": 3, "first": 8}}, {"bits": 2, "offset": True}])
@@ -402,6 +402,25 @@ def test_saved_models_come_back_equal_prepared_converted_and_folded(name, option
             assert torch.equal(loaded(x), model(x))
             assert loaded.quantization == model.quantization
             assert [type(each) for each in loaded.modules()] == [type(each) for each in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda model: setattr(model, "head", nn.Linear(40, 10)), "head"),
+        (lambda model: plain(model.stage4), "stage4.down.conv.conv"),
+        (lambda model: prepare(model.stage3, bits=2), "stage3.down.conv.conv"),
+    ],
+    ids=["replaced", "plain", "prepared"],
+)
+def test_a_part_that_is_no_longer_as_prepared_is_not_saved_as_if_it_were(change, name, tmp_path):
+    model = sf.create_model("qsd_transformer_t", num_classes=10, dims=(8, 16, 32, 40))
+    change(model)
+    with pytest.raises(ValueError, match=rf"not those that quantize.prepare made \(first: {name}\)"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    prepare(model, bits={name: 8, "*": 4}).save_pretrained(tmp_path / "model")
+    assert sf.from_pretrained(tmp_path / "model").quantization["layers"] == model.quantization["layers"]
 
 
 def test_a_plain_model_comes_back_from_disk_and_one_without_its_norms_refuses_to_be_saved(tmp_path):

@@ -73,6 +73,16 @@ def test_layers_come_in_order_with_their_kind():
     )
 
 
+def test_the_innermost_module_with_a_kind_decides_and_a_module_may_name_its_own():
+    model = Network()
+    model.block["mlp"].quantize_role = "attention"
+    model.block["attn"].value = nn.Sequential(nn.Linear(4, 4))
+    model.block["attn"].value.quantize_role = "linear"
+    kinds = {name: kind for name, _, kind in quantizable(nn.Sequential(model))}
+    assert kinds["0.block.mlp.0"] == kinds["0.block.attn.proj"] == "attention"
+    assert kinds["0.block.attn.value.0"] == kinds["0.head"] == "linear"
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
@@ -94,7 +104,6 @@ def test_layers_come_in_order_with_their_kind():
         ({"block.*": 3, "*.attn.*": 4}, [0, 3, 3, 3, 0]),
         ({"*.attn.*": 4, "block.*": 3}, [0, 4, 4, 3, 0]),
         ({"block.attn.[pq]*": 5, "hea?": 2}, [0, 5, 5, 0, 2]),
-        ({}, [0, 0, 0, 0, 0]),
     ],
 )
 def test_bits_of_a_layer_are_those_of_the_most_particular_key(bits, expected):
@@ -118,6 +127,7 @@ def test_four_bits_a_channel_are_what_is_done_unasked():
         "offset": False,
         "converted": False,
         "folded": False,
+        "layers": dict.fromkeys(NAMES, 4),
     }
 
 
@@ -149,6 +159,17 @@ def test_a_key_that_fits_no_layer_is_refused_with_the_closest_and_nothing_change
         prepare(model, bits={"*": 4, key: 3})
     assert kinds(model) == types
     assert same(before, model)
+
+
+@pytest.mark.parametrize("bits", [{}, {"*": None}, {"first": None, "head": None}])
+def test_bits_that_leave_every_layer_in_float_are_refused_and_nothing_changes(bits):
+    model = prepare(Network(), bits=3)
+    before, told = state(model), model.quantization
+    with pytest.raises(ValueError, match="leaves every layer in float"):
+        prepare(model, bits=bits)
+    assert bits_of(model) == dict.fromkeys(NAMES, 3)
+    assert same(before, model)
+    assert model.quantization == told
 
 
 def test_a_kind_that_the_model_lacks_is_refused():
@@ -311,11 +332,13 @@ def test_plain_gives_torchs_layers_back_with_equal_predictions(options):
     assert plain(model)(x).equal(y)
 
 
-def test_what_a_model_says_of_itself_is_never_what_an_outer_call_made_untrue():
+def test_what_a_model_says_of_itself_is_never_what_an_outer_call_made_untrue(tmp_path):
     inner = sf.create_model("qsd_transformer_t", **TINY_META)
     model = nn.Sequential(inner, nn.Linear(5, 5))
     prepare(model, bits={"1": 2, "*": 3})
-    assert inner.quantization is None  # "1" is no name of its own; saved now, it refuses to load
+    assert inner.quantization is None  # "1" is no name of its own
+    with pytest.raises(ValueError, match=r"low-bit layers are not those that quantize\.prepare made"):
+        inner.save_pretrained(tmp_path)
     assert model.quantization["bits"] == {"1": 2, "*": 3}
     prepare(inner, bits=2)
     plain(model)

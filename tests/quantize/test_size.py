@@ -11,7 +11,7 @@ from torch import nn
 import spikeformers as sf
 from spikeformers.quantize import convert, fold, prepare, size
 
-PAPER = {  # parameters, millions as the paper counts, those in its Table 9, and at 32 bits in Table 1
+PAPER = {  # parameters, millions as the paper counts, those in its Table 9, and float parameters in its Table 1
     "qsd_transformer_t": (15_116_720, 1.877, 1.8, 15.1),
     "qsd_transformer_m": (31_340_392, 3.899, 3.8, 31.3),
     "qsd_transformer_l": (55_358_952, 6.895, 6.8, 55.4),
@@ -27,7 +27,8 @@ def test_sizes_are_the_papers(name):
     assert found.parameters == unquantised.parameters == parameters
     assert round(found.paper_m, 3) == counted
     assert math.floor(10 * found.paper_m) / 10 == published  # truncated
-    assert round(unquantised.paper_m, 1) == published_float
+    assert round(parameters / 1e6, 1) == published_float
+    assert unquantised.paper_m == 8 * found.paper_m  # weights alone
     assert found.fp32_mb == unquantised.packed_mb == 4 * parameters / 1e6
     assert found.paper_m * 4 < found.packed_mb < found.paper_m * 4 * 1.1
 
@@ -36,7 +37,7 @@ def test_sizes_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 3, bias=False))
     plain_size = size(model)
     assert plain_size.parameters == 135 + 5 + 10 + 21
-    assert plain_size.paper_m == 171 / 1e6
+    assert plain_size.paper_m == (135 + 21) / 1e6
     assert plain_size.packed_mb == plain_size.fp32_mb == 4 * 171 / 1e6
     prepare(model, bits={"first": 3, "last": 2}, offset=True)
     found = size(model)
@@ -46,6 +47,9 @@ def test_sizes_by_hand():
     # 135 * 3 bits are 51 bytes, 21 * 2 bits 6; floats are the bias, scale and shift, step sizes and offsets of 5 + 3
     assert found.packed_mb == (51 + 6 + 4 * (5 + 10 + 2 * 8)) / 1e6
     assert size(convert(model)) == found
+    mixed = prepare(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(7, 3)), bits={"first": 3})
+    assert size(mixed).paper_m == pytest.approx((135 * 3 / 32 + 21) / 1e6, rel=1e-15)
+    assert size(mixed).packed_mb == (51 + 4 * (5 + 5 + 21 + 3)) / 1e6
 
 
 def test_a_shared_parameter_weighs_once():

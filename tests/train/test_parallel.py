@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spikeformers.attention import MPRF
+from spikeformers.backbones.qsd_transformer import ANN_TWIN
 from spikeformers.data.images import ImageSplit, load_split
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import batches_of
 from spikeformers.train.loop import build_model, train
-from spikeformers.train.parallel import SyncedBatchNorm2d, sync_bn
+from spikeformers.train.parallel import SyncedBatchNorm2d, local_bn, sync_bn
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import ModelChoice, Optim, Pretrain, Saving, override
+from spikeformers.train.recipe import FineGrained, ModelChoice, Optim, Pretrain, Saving, override
 from spikeformers.train.summary import read_summary
+from spikeformers.zoo import create_model
 
 
 def spoil(part):
@@ -68,14 +71,20 @@ def trained(tiny, tmp_path):
     v2 = ModelChoice(name="spikformer_v2_8_384", options={"dim": 16, "depth": 1, "heads": 2, "patch_size": 4})
     pretrain = Pretrain(mask_ratio=0.75, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     mae = dataclasses.replace(synced, model=v2, pretrain=pretrain, ema_decay=0.9)
+    student = dataclasses.replace(synced.model, name="qsd_transformer_t", neuron="ie_lif", strides=(2, 2, 1, 1, 1))
+    student = dataclasses.replace(student, options={"heads": 2, "layer_scale": 1.0, "qkv": "rep_conv_mprf"})
+    twin = create_model("qsd_transformer_t", in_channels=1, num_classes=10, **(student.overrides() | ANN_TWIN))
+    twin.save_pretrained(tmp_path / "twin")
+    taught = dataclasses.replace(synced, model=student, fgd=FineGrained(teacher=str(tmp_path / "twin")))
     jobs = [(free, tmp_path / "free2"), (synced, tmp_path / "synced2"), (mae, tmp_path / "mae2")]
+    jobs.append((taught, tmp_path / "taught2"))
     spoilt = {part: (base, tmp_path / part) for part in ("train", "test")}
     torch.multiprocessing.spawn(work, (port, jobs, spoilt), nprocs=2)
-    return free, synced, mae, tmp_path
+    return free, synced, mae, taught, tmp_path
 
 
 def test_two_processes_equal_one(trained):
-    free, synced, mae, folder = trained
+    free, synced, mae, taught, folder = trained
     train(dataclasses.replace(free, accumulate=2), run=folder / "free1")
     train(dataclasses.replace(synced, batch_size=8), run=folder / "synced1")
 
@@ -88,6 +97,13 @@ def test_two_processes_equal_one(trained):
     assert any("running_var" in key for key in one)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-11, msg=key)
+
+    # So do low-bit weights, an MPRF and a teacher, whose loss is a mean over the batch; only one process measures it.
+    train(dataclasses.replace(taught, batch_size=8), run=folder / "taught1")
+    one, two = (weights_of(folder / name, buffers=True) for name in ("taught1", "taught2"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-9, atol=1e-11, msg=key)
+    assert read_summary(folder / "taught2").distillation["kept_mb"] > 0
 
     # Masked pre-training: both processes train one network, and the test loss is that of one process on all images.
     model = MaskedModelling(mae).wrap(build_model(mae, num_classes=10, in_channels=1)).double()
@@ -132,3 +148,10 @@ def test_alone_the_synchronised_norm_is_the_plain_one():
 def test_norms_that_cannot_be_synchronised_are_named():
     with pytest.raises(ValueError, match="cannot synchronise 0, a BatchNorm1d"):
         sync_bn(nn.Sequential(nn.BatchNorm1d(3)))
+
+
+def test_an_mprf_can_be_synchronised_and_all_norms_made_local_again():
+    model = sync_bn(nn.Sequential(MPRF(3), nn.BatchNorm2d(3)))
+    assert all(type(norm) is SyncedBatchNorm2d for norm in model)
+    assert model[0].weight.tolist() == [0.25] * 3
+    assert all(type(norm) is nn.BatchNorm2d for norm in local_bn(model))

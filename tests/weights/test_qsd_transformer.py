@@ -265,3 +265,12 @@ def test_import_starts_a_qsd_transformer_from_the_float_networks_file_and_says_s
     model = from_pretrained(tmp_path / "out")
     assert torch.equal(model.head.weight, official_float["head.weight"])
     assert all(map(has_steps_of_its_weights, low_bit_layers(model).values()))
+
+
+def test_step_sizes_of_four_bits_do_not_enter_layers_of_other_bits(official):
+    model = prepare(model_of(), bits={"head": 4, "*": 2})
+    report = load_official(model, official)
+    assert "head.alpha" not in report.computed
+    assert len(report.computed) == LAYERS - 1
+    assert all(has_steps_of_its_weights(each) for name, each in low_bit_layers(model).items() if name != "head")
+    assert torch.equal(model.head.alpha, official["head.alpha"])

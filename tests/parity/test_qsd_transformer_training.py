@@ -1,8 +1,8 @@
 """QSD-Transformer in training against a second writing of the authors' network: loss, gradients, statistics, float64.
 
 The reference has no gradients of the whole network. The oracle below is functions of the authors' tensors, by their
-names, written from a description of their code (bollossom/QSD-Transformer, classification/models.py and quan_w.py); it shares nothing
-with the package, and in evaluation it gives the logits that their code gave.
+names, written from a description of their code (bollossom/QSD-Transformer, classification/models.py and quan_w.py).
+It shares nothing with the package, and in evaluation it gives the logits that their code gave.
 """
 
 import math

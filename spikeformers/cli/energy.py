@@ -35,10 +35,10 @@ def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataL
     from spikeformers import create_model, list_models, zoo
     from spikeformers.data.images import load_split
     from spikeformers.train.evaluate import batches_of
-    from spikeformers.train.saved import read_run, read_trained
+    from spikeformers.train.saved import read_run, read_trained, run_of
 
-    if (Path(source) / "recipe.json").is_file():
-        model, recipe, _ = read_run(Path(source))
+    if run := run_of(Path(source)):
+        model, recipe = read_trained(source)[0], read_run(run)[1]
         split = load_split(recipe.data, "test", seed=recipe.seed)
         count = min(images or RUN_IMAGES, len(split))
         loader = batches_of(split, batch_size=recipe.batch_size, images=count)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from spikeformers.cli.run_folders import holds_something, run_of
+from spikeformers.cli.run_folders import RUNS, holds_something, run_of
 from spikeformers.cli.settings import split_assignment
 from spikeformers.cli.training import is_main_process, main_console
 
@@ -26,13 +26,15 @@ def quantize_run(arguments: Namespace) -> None:
 def fine_tune(arguments: Namespace) -> None:
     """Train on with low-bit weights, store them packed, print what they cost and weigh."""
     from spikeformers.train.loop import train
-    from spikeformers.train.quantization import fine_tuning, low_bit_facts, pack_run, read_source
+    from spikeformers.train.quantization import fine_tuning, low_bit_facts, newest_fine_tuning, pack_run, read_source
     from spikeformers.train.report import write_report
     from spikeformers.train.results import print_facts, print_results
 
     source = read_source(Path(arguments.run))
     bits = arguments.bits or BITS
     changes = [("quantize.bits", str(bits)), *choices(arguments)]
+    if arguments.resume and not (arguments.out or arguments.bits or arguments.layers):
+        arguments.out = str(newest_fine_tuning(source, runs=RUNS) or "")
     recipe = fine_tuning(source, mark=f"w{bits}{'-mixed' if arguments.layers else ''}", changes=changes)
     with run_of(recipe.name, arguments, resume=resume_command) as run:
         recipe = resumed(run, arguments, source=source) or recipe
@@ -68,6 +70,8 @@ def check_options(arguments: Namespace) -> None:
         raise ValueError(f"--bits must be between {FEWEST_BITS} and {MOST_BITS}, got {arguments.bits}")
     if arguments.epochs is not None and arguments.epochs < 0:
         raise ValueError(f"--epochs must be at least 0 (no fine-tuning), got {arguments.epochs}")
+    if any(text.startswith("quantize.bits=") for text in arguments.set):
+        raise ValueError("--bits gives the bits of all layers, --layers those of some: leave out --set quantize.bits")
     if arguments.sensitivity and arguments.layers:
         raise ValueError("--sensitivity chooses the layers itself: leave out --layers")
     if arguments.sensitivity and any(text.startswith("epochs=") for text in arguments.set):

@@ -5,14 +5,16 @@ the very weights that the trained one did, and a scale and shift are what a batc
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeformers.layers import bn_affine
+from spikeformers.layers import NormChain, bn_affine
 from spikeformers.quantize.lsq import LSQLayer, integer_range
 
 
@@ -183,6 +185,8 @@ def convert(model: nn.Module) -> nn.Module:
     Raises ValueError if no layer is quantised, a step size is zero or a weight not finite; nothing is changed then.
     """
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LSQLayer)]
+    if not layers and any(isinstance(each, PackedLayer) for each in model.modules()):
+        raise ValueError("this model was converted already")
     if not layers:
         raise ValueError("no layer of this model has quantised weights: call quantize.prepare first")
     for name, layer in layers:
@@ -217,9 +221,21 @@ def _record(model: nn.Module, event: str) -> None:
             module.quantization = module.quantization | {event: True}
 
 
+def _norm_chains(module: nn.Module) -> Iterator[NormChain]:
+    """The layers with norms right behind them that `module` holds."""
+    if hasattr(module, "norm_chain"):
+        yield module.norm_chain()
+    elif type(module) is nn.Sequential:
+        for (_, layer), (name, norm) in pairwise(module.named_children()):
+            if isinstance(norm, ChannelAffine):
+                yield layer, ((module, name),)
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Fold every norm right behind a packed layer into its step sizes and bias, in place; returns `model`.
+    """Fold norms right behind packed layers into their step sizes and bias, in place; returns `model`.
+
+    It knows those of this package's layers and of torch's plain nn.Sequential; other networks keep their norms.
 
     alpha' = scale alpha, bias' = scale bias + shift: integer weights stay, an MPRF costs nothing (App. D, Eqs. 25-26).
     Exact up to rounding: in float64, spikes equal and logits within 1e-12.
@@ -228,14 +244,12 @@ def fold(model: nn.Module) -> nn.Module:
     if not any(isinstance(each, PackedLayer) for each in model.modules()):
         raise ValueError("nothing to fold into: call quantize.convert first")
     for module in list(model.modules()):
-        if not hasattr(module, "norm_chain"):
-            continue
-        layer, norms = module.norm_chain()
-        for holder, name in norms if isinstance(layer, PackedLayer) else ():
-            norm = getattr(holder, name)
-            if not isinstance(norm, nn.Identity):  # not folded already
-                layer.absorb(*bn_affine(norm))
-                setattr(holder, name, nn.Identity())
+        for layer, norms in _norm_chains(module):
+            for holder, name in norms if isinstance(layer, PackedLayer) else ():
+                norm = getattr(holder, name)
+                if not isinstance(norm, nn.Identity):  # not folded already
+                    layer.absorb(*bn_affine(norm))
+                    setattr(holder, name, nn.Identity())
     _record(model, "folded")
     return model
 

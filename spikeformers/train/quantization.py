@@ -6,6 +6,7 @@ Departures from the paper: it does not say how the networks of Fig. 2 (a) were t
 same trained network for the same epochs.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections import Counter
@@ -26,7 +27,7 @@ from spikeformers.train.evaluate import batches_of, evaluate
 from spikeformers.train.loop import train
 from spikeformers.train.recipe import Init, Quantize, Recipe, from_json, override
 from spikeformers.train.results import short
-from spikeformers.train.saved import read_run
+from spikeformers.train.saved import PACKED, read_run
 from spikeformers.train.summary import Summary, circumstances, read_summary
 from spikeformers.zoo import from_pretrained
 
@@ -126,9 +127,19 @@ def stored_fine_tuning(run: Path, *, source: Source) -> Recipe | None:
     return recipe
 
 
+def newest_fine_tuning(source: Source, *, runs: Path) -> Path | None:
+    """The fine-tuning of `source` in the folder `runs` that was started or resumed last; None if there is none."""
+    found = []
+    for stored in runs.glob(f"{source.recipe.name}_w*/recipe.json"):
+        with contextlib.suppress(ValueError):
+            stored_fine_tuning(stored.parent, source=source)
+            found.append(stored)
+    return max(found, key=lambda stored: stored.stat().st_mtime).parent if found else None
+
+
 def pack_run(run: Path) -> Path:
     """Write the network of a finished low-bit run with packed integers to `run`/packed; returns that folder."""
-    return convert(from_pretrained(run / "model")).save_pretrained(run / "packed")
+    return convert(from_pretrained(run / "model")).save_pretrained(run / PACKED)
 
 
 def low_bit_facts(source: Source, summary: Summary, packed: Path) -> list[tuple[str, str]]:

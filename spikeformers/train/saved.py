@@ -12,6 +12,7 @@ from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.summary import PretrainSummary, pretrains, read_summary
 from spikeformers.zoo import CATALOGUE, from_pretrained, list_models
 
+PACKED = "packed"  # folder of a run with its network in packed weights, beside `model`
 PICTURES = {  # how the papers' networks see a picture
     "imagenet": {"source": "imagefolder", "size": 224, "eval_crop": 0.875},
     "cifar10": {"source": "cifar10", "size": 32},
@@ -23,8 +24,13 @@ def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is not a run: it has no recipe.json (a run is the folder that `train` writes)")
     if not (run / "summary.json").is_file():
-        command = "pretrain" if pretrains(read_json(run / "recipe.json")) else "train"
-        raise ValueError(f"{run} is not finished, so it has no final model: continue it with `{command} ... --resume`")
+        stored = read_json(run / "recipe.json")
+        command = "pretrain ..." if pretrains(stored) else "train ..."
+        if stored.get("quantize", {}).get("bits") and stored["init"]["backbone"]:
+            command = f"quantize {stored['init']['backbone']}"
+        raise ValueError(
+            f"{run} is not finished, so it has no final model: continue it with `{command} --resume --out {run}`"
+        )
     summary = read_summary(run)
     if isinstance(summary, PretrainSummary):
         raise ValueError(
@@ -52,8 +58,8 @@ def stored_recipe(run: Path, *, name: str) -> Recipe | None:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that `folder` is, or whose `model/` it is."""
-    places = (folder, folder.parent) if folder.name == "model" else (folder,)
+    """The run that `folder` is, or whose `model/` or `packed/` it is."""
+    places = (folder, folder.parent) if folder.name in ("model", PACKED) else (folder,)
     return next((place for place in places if (place / "recipe.json").is_file()), None)
 
 
@@ -67,7 +73,7 @@ def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
     folder = Path(source)
     if run := run_of(folder):
         model, recipe, classes = read_run(run)
-        return model, recipe.data, classes
+        return (from_pretrained(folder) if folder.name == PACKED else model), recipe.data, classes
     if source in list_models():
         raise ValueError(f"{source} names a model without weights: give the folder of a run or of a saved model")
     if not folder.is_dir():

@@ -189,6 +189,11 @@ class Classification:
 def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Task:
     """The task of a recipe. Raises ValueError for a mixing or a teacher that cannot work."""
     if recipe.pretrain.mask_ratio:
+        if recipe.quantize.chosen() is not None or recipe.fgd.teacher:
+            raise ValueError(
+                "masked pre-training has neither low-bit weights nor a teacher of q, k and v: leave out quantize.* and "
+                "fgd.*, and give them to the finetuning"
+            )
         return MaskedModelling(recipe)
     # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
     mixer = mixing(recipe.data.augment, num_classes=num_classes)

@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 import spikeformers.train.loop
 import spikeformers.train.quantization
@@ -213,3 +214,31 @@ def test_help_has_an_example():
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
         cli.main(["quantize", "--help"])
     assert "\n  spikeformers quantize runs/digits --bits 4\n" in out.getvalue().split("examples:")[1]
+
+
+def test_predict_and_energy_take_the_packed_form_with_the_images_of_its_run(quantised, said_by, tmp_path):
+    run, _ = quantised
+    code, out, _ = said_by("energy", run / "packed", "--images", 2)
+    assert code == 0
+    assert "2 images of its test split" in out
+    picture = tmp_path / "picture.png"
+    Image.new("L", (9, 9)).save(picture)
+    answers = [said_by("predict", run / name, picture) for name in ("model", "packed")]
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 0
+    assert "no recipe beside it" not in answers[0][1]
+
+
+def test_resuming_without_a_name_takes_the_newest_fine_tuning_of_the_run(trained, said_by, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for bits in (4, 2):
+        assert said_by("quantize", trained[0], "--bits", bits, "--set", "optim.lr=1e-4")[0] == 0
+    code, out, err = said_by("quantize", trained[0], "--resume")
+    assert code == 0, err
+    assert "runs/digits_w2: digits at few bits" in out
+
+
+def test_bits_are_given_in_one_place(trained, said_by):
+    code, _, err = said_by("quantize", trained[0], "--set", "quantize.bits=2")
+    assert code == 2
+    assert "leave out --set quantize.bits" in err

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from spikeformers.data.augment import Augment
-from spikeformers.train.recipe import Distill
+from spikeformers.train.recipe import Distill, Pretrain, override
 from spikeformers.train.tasks import Classification, build_task, build_teacher, cross_entropy, distillation_loss
 
 TEACHER = "test_vit"  # a network of timm with 0.4 M parameters
@@ -113,3 +113,10 @@ def test_after_the_mixing_epochs_images_and_labels_are_plain_and_still_smoothed(
         smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
         plain.append(torch.equal(seen[0], images) and torch.equal(loss, smoothed))
     assert plain == [False, False, True, True]
+
+
+def test_pretraining_refuses_what_it_does_not_do(tiny):
+    recipe = tiny(pretrain=Pretrain(mask_ratio=0.5))
+    for each in (override(recipe, "quantize.bits", "4"), override(recipe, "fgd.teacher", "runs/ann")):
+        with pytest.raises(ValueError, match="neither low-bit weights nor a teacher"):
+            build_task(each, num_classes=10, in_channels=1, device=torch.device("cpu"))

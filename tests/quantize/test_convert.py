@@ -203,7 +203,7 @@ def test_a_model_without_low_bit_weights_is_refused_and_stays(build):
 
 
 def test_a_converted_model_is_refused():
-    with pytest.raises(ValueError, match="no layer of this model has quantised weights"):
+    with pytest.raises(ValueError, match="this model was converted already"):
         convert(convert(small()))
 
 

@@ -1,31 +1,18 @@
 """The script of QSD-Transformer's tables: rows differ in what they are about and in nothing else."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spikeformers import create_model
-from spikeformers.train.recipe import Recipe, differences
+from spikeformers.train.recipe import differences
 
 
 @pytest.fixture
-def tables(pytestconfig, monkeypatch):
+def tables(noting):
     """The script, which instead of training notes what it would train; the larger rate always wins."""
-    path = pytestconfig.rootpath / "benchmarks" / "qsd_tables.py"
-    spec = importlib.util.spec_from_file_location("qsd_tables", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(path.parent)
-    spec.loader.exec_module(module)
-    module.asked = {}
-
-    def note(recipe: Recipe, folder):
-        assert module.asked.setdefault(folder.name, recipe) == recipe, f"{folder.name} would hold two trainings"
-        return SimpleNamespace(accuracy=recipe.optim.lr * 100 + recipe.seed / 100)
-
-    monkeypatch.setattr(module, "done", note)
-    return module
+    return noting("qsd_tables", lambda recipe: SimpleNamespace(accuracy=recipe.optim.lr * 100 + recipe.seed / 100))
 
 
 def test_rows_share_images_epochs_and_rates_and_every_network_can_be_built(tables, tmp_path):

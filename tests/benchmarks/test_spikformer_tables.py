@@ -1,6 +1,5 @@
 """The script of Spikformer's small tables: every row has its recipe and its place, and tables share what they can."""
 
-import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -12,20 +11,10 @@ from spikeformers.train.recipe import Recipe
 
 
 @pytest.fixture
-def tables(pytestconfig, monkeypatch):
+def tables(noting, monkeypatch):
     """The script, which instead of training notes what it would train."""
-    path = pytestconfig.rootpath / "benchmarks" / "spikformer_tables.py"
-    spec = importlib.util.spec_from_file_location("spikformer_tables", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(path.parent)
-    spec.loader.exec_module(module)
-    module.asked = {}
-
-    def note(recipe: Recipe, folder):
-        assert module.asked.setdefault(folder.name, recipe) == recipe, f"{folder.name} would hold two trainings"
-        return SimpleNamespace(accuracy=0.5, loss=0.5, seconds=2.0, parameters=10, firing_rate=0.1)
-
-    monkeypatch.setattr(module, "done", note)
+    result = {"accuracy": 0.5, "loss": 0.5, "seconds": 2.0, "parameters": 10, "firing_rate": 0.1}
+    module = noting("spikformer_tables", lambda recipe: SimpleNamespace(**result))
     monkeypatch.setattr(module, "attention_cost", lambda folder: (1.0, 0.9))
     return module
 

@@ -257,20 +257,28 @@ def test_loss_is_that_of_the_spikes_and_the_twin_heard_one_by_one():
         assert torch.equal(found, fgd_loss(*pairs, **options))
 
 
+def learning(
+    distillation: FineGrainedDistillation, model: nn.Module, images: torch.Tensor, *, steps: int
+) -> list[float]:
+    """The loss before each of some optimiser steps that minimise nothing else."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = watched(distillation, model, images)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize(("name", "steps"), [("meta_spikeformer_15m", 2), ("qsd_transformer_t", 1)])
 def test_the_student_learns_the_similarities_of_its_twin(name, steps):
     model = create_model(name, **SIZES, neuron="ie_lif", steps=steps)
     images = torch.randn(4, 3, 32, 32)
     distillation = FineGrainedDistillation(model, twin())
     taught = copy.deepcopy(distillation.teacher.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = watched(distillation, model, images)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    losses = learning(distillation, model, images, steps=8)
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(value, taught[name]) for name, value in distillation.teacher.state_dict().items())
 
@@ -280,14 +288,7 @@ def test_the_student_learns_from_caformer_s18():
     images = torch.randn(2, 3, 64, 64)
     caformer = timm.create_model("caformer_s18", pretrained=False)
     distillation = FineGrainedDistillation(model, caformer, rule="caformer")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = watched(distillation, model, images)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+    losses = learning(distillation, model, images, steps=5)
     assert losses[-1] < 0.95 * losses[0]
     with pytest.raises(ValueError, match="layers, student 3, teacher 12"):
         watched(FineGrainedDistillation(model, caformer), model, images)

@@ -13,17 +13,16 @@ norms fold into layers; biases, softmax and scales are free.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikeformers.attention import SDSA1, SDSA2, SSA, VSA, IdentityMap
 from spikeformers.energy.firing import neurons_of, plain_name
+from spikeformers.energy.marks import Mark, SpikeMarks
 from spikeformers.layers import RepConv, SepConv
 from spikeformers.neurons import Neuron, temporal_modules
 
@@ -84,78 +83,12 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     return tracer.result()
 
 
-class _Mark(NamedTuple):
-    """What is known of a tensor of spikes: each is worth `unit`, and an element holds 0 to `most` of them."""
-
-    unit: float
-    most: int
-
-
-class _SpikeMarks(TorchFunctionMode):
-    """Knows, while active, which tensors hold spikes: counts from 0 up of one unit."""
-
-    MOVES: ClassVar[tuple[str, ...]] = (
-        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
-        *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"),
-        *("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"),
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known = WeakTensorKeyDictionary()
-
-    def put(self, tensor: Tensor, mark: _Mark) -> None:
-        self.known[tensor] = (mark, tensor._version)
-
-    def of(self, tensor: object) -> _Mark | None:
-        """The mark of `tensor`, None if it does not hold spikes (or was written to since)."""
-        mark, version = self.known.get(tensor, (None, 0)) if isinstance(tensor, Tensor) else (None, 0)
-        return mark if mark is not None and tensor._version == version else None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        mark = self.after(getattr(function, "__name__", ""), args, kwargs or {})
-        if mark is not None:
-            for tensor in result if isinstance(result, list | tuple) else (result,):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    self.put(tensor, mark)
-        return result
-
-    def after(self, name: str, args: tuple, kwargs: dict) -> _Mark | None:
-        """The mark of what the function `name` makes of `args`."""
-        if not args:
-            return None
-        if name in ("cat", "concat", "stack"):
-            marks = [self.of(tensor) for tensor in args[0]]
-            alike = None not in marks and len({mark.unit for mark in marks}) == 1
-            return _Mark(marks[0].unit, max(mark.most for mark in marks)) if alike else None
-        mark = self.of(args[0])
-        if mark is None or name in self.MOVES:
-            return mark
-        if len(args) != 2 or kwargs:
-            return None
-        if name in ("rsub", "__rsub__"):  # number - spikes
-            return _taken_from(args[1], mark)
-        other = self.of(args[1])
-        if other is not None and name in ("mul", "__mul__"):
-            return _Mark(mark.unit * other.unit, mark.most * other.most)
-        if other is not None and name in ("add", "__add__") and mark.unit == other.unit:
-            return _Mark(mark.unit, mark.most + other.most)
-        return None
-
-
-def _taken_from(number: object, mark: _Mark) -> _Mark | None:
-    """The mark of `number` - spikes: counts again, if the number is one and no spikes exceed it (1 - binary spikes)."""
-    counts = number / mark.unit if isinstance(number, int | float) else math.nan
-    return _Mark(mark.unit, int(counts)) if counts % 1 == 0 and counts >= mark.most else None
-
-
 class _Tracer:
     """Hooks on one model. Until `result`, operations hold totals over the pass, and rates one value a row [T*B]."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.marks = _SpikeMarks()
+        self.marks = SpikeMarks()
         self.operations: list[Operation] = []
         self.layers: dict[str, nn.Module] = {}
         self.by_tensor = WeakTensorKeyDictionary()  # mean count of each row, of the neurons' outputs
@@ -190,7 +123,7 @@ class _Tracer:
             handle.remove()
 
     def on_neuron(self, name: str, neuron: Neuron, _, spikes: Tensor) -> None:
-        self.marks.put(spikes, _Mark(neuron.unit, neuron.levels))
+        self.marks.put(spikes, Mark(neuron.unit, neuron.levels))
         self.by_tensor[spikes] = means = _row_means(spikes, neuron.unit)
         self.totals.append((neuron, means, spikes[:1].numel()))
 

@@ -1,25 +1,36 @@
-"""Layers that compute with counts: uint8 in, 8-bit weights, and one epilogue for scale, batch norm and neuron.
+"""Layers that compute with counts: uint8 in, integer weights of up to 8 bits, and one epilogue for all that follows.
 
-The readable path defines each number: integer sums, times a float32 scale, plus a float32 bias, then (where a neuron
-follows) clipped to 0..D and rounded. The fast path is one oneDNN primitive with the same epilogue, bit for bit: it is
-probed once per process and left alone where it is missing or disagrees.
-Source of the symmetric 8-bit weights: Nagel et al., "A White Paper on Neural Network Quantization", 2021, Sec. 2.3.
+A layer that no neuron follows is integer sums I, times a float32 scale, plus a float32 bias. One that fires is integer
+sums and D thresholds per channel: count = how many of them I reaches (or, where the scale is negative, -I does). The
+thresholds are computed in float64 from the network itself, so that the counts are the network's for every sum there is.
+The readable path does that as it is said. The fast path is one oneDNN primitive, whose float32 epilogue is verified
+against the thresholds at each of them and just below (it grows with I, so nothing between can differ).
+Source of 8-bit weights where the network has float ones: Nagel et al., "A White Paper on Neural Network Quantization",
+2021, Sec. 2.3 (symmetric, per channel). Thresholds: QSD-Transformer's deployment, as any integrate-and-fire neuron.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikeformers.deploy.geometry import Geometry
 from spikeformers.neurons import IELIF, ILIF, NILIF, Neuron
+from spikeformers.quantize import PackedLayer
 
 logger = logging.getLogger(__name__)
 LARGEST_WEIGHT = 127
+LARGEST_COUNT = 255
 PACKED_SHAPES = 4  # input shapes for which a layer keeps packed weights
 PAIR_LIMIT = 32767  # CPUs without VNNI add two products in 16 bits and saturate beyond this
+EPSILON = 2**-23  # of float32
+NUDGES = (0.5, -0.5, 1, -1, 2, -2, 4, -4, 8, -8)  # last places by which a bias moves where float32 misses a threshold
+
+Counts = UInt8[Tensor, " TB *shape"]
 
 
 def quantize_weight(weight: Float[Tensor, " O *rest"]) -> tuple[Int8[Tensor, " O *rest"], Float[Tensor, " O"]]:
@@ -30,16 +41,22 @@ def quantize_weight(weight: Float[Tensor, " O *rest"]) -> tuple[Int8[Tensor, " O
     return units.round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).to(torch.int8), step
 
 
+def integer_weight(layer: nn.Module) -> tuple[Int8[Tensor, " O *rest"], Float[Tensor, " O"], int]:
+    """Integers, step sizes and bits of a layer: its own if its weights are packed, else those of `quantize_weight`."""
+    if isinstance(layer, PackedLayer):
+        return layer.integers(), layer.alpha.expand(layer.shape[0]), layer.bits
+    return *quantize_weight(layer.weight.detach()), 8
+
+
 def fires_by_itself(neuron: Neuron) -> bool:
     """True if the neuron's counts depend on nothing but the present current, so that a convolution can emit them."""
     single = not isinstance(neuron.threshold, Tensor) or neuron.threshold.numel() == 1
     return isinstance(neuron, ILIF | NILIF | IELIF) and not neuron.carries and single
 
 
-def round_counts(levels: Tensor, *, largest: int, half_up: bool) -> UInt8[Tensor, "..."]:
-    """Currents in units of one count -> counts 0..largest, halves up (IE-LIF) or to even."""
-    clipped = levels.clamp(0, largest)
-    return (clipped.add_(0.5).floor_() if half_up else clipped.round_()).to(torch.uint8)
+def to_uint8(whole: Tensor) -> Counts:
+    """Whole numbers 0..255 in floating point -> uint8. torch converts by way of int16 four times as fast."""
+    return whole.to(torch.int16).to(torch.uint8)
 
 
 class CountNeuron(nn.Module):
@@ -61,140 +78,215 @@ class CountNeuron(nn.Module):
         """Currents (or, if fused, counts) [T*B, ...] -> counts of the same shape."""
         counts = x if self.neuron is None else self.fire(x)
         if self.dtype is None:
-            return counts
+            return counts if counts.dtype == torch.uint8 else to_uint8(counts)
         wide = counts.to(self.dtype)
         return wide if self.unit == 1 else wide * self.unit
 
-    def fire(self, x: Tensor) -> UInt8[Tensor, "..."]:
-        """Counts of the currents `x`; the membrane, where there is one, stays in floating point."""
+    def fire(self, x: Tensor) -> Tensor:
+        """Counts of the currents `x`, in floating point, as is the membrane where there is one."""
         if not self.stateless:
             return self.neuron.counts(self.neuron(x))
-        return round_counts(self.neuron.charge(x, None), largest=self.levels, half_up=self.half_up)
+        levels = self.neuron.charge(x, None).clamp(0, self.levels)
+        return levels.add_(0.5).floor_() if self.half_up else levels.round_()
 
-    def counts(self, output: Tensor) -> UInt8[Tensor, "..."]:
+    def counts(self, output: Tensor) -> Counts:
         """What `forward` gave -> counts."""
-        return output if output.dtype == torch.uint8 else (output / self.unit).round().to(torch.uint8)
+        return output if output.dtype == torch.uint8 else to_uint8((output / self.unit).round_())
+
+    def describe(self) -> dict:
+        """Plain values that, with the network's own neuron, build this again."""
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {"fused": self.neuron is None, "dtype": dtype, "unit": self.unit}
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, unit={self.unit:g}, fused={self.neuron is None}, dtype={self.dtype}"
 
 
-class PerImage(nn.Module):
-    """A float layer run image by image: its rounding, and every spike after it, then ignores the batch size."""
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Float[Tensor, " TB *shape"]) -> Float[Tensor, " TB *out"]:
-        x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
-        return self.layer(x) if len(x) == 1 else torch.cat([self.layer(image) for image in x.split(1)])
-
-
 class IntegerConv(nn.Module):
-    """Convolution of counts with 8-bit weights: uint8 [TB, C, H, W] -> float32, or uint8 where a neuron is fused in.
+    """Convolution of counts with integer weights: uint8 [TB, C, H, W] -> float32, or uint8 if it fires.
 
-    `unit`: what one input count is worth; `max_count`: the largest. `neuron`: the one that reads only this layer.
-    Spikes that arrive in floating point, because others read them too, are turned back into counts first.
+    `unit`: what one input count is worth; `max_count`: the largest. `levels`: D of the neuron fused in, 0: none.
+    `bits`: of a weight. Spikes that arrive in floating point, since others read them too, are counted first.
+    Buffers: `weight` int8 [O, I/groups, kh, kw]; `scale`, `bias` float32 [O]; where it fires `thresholds` int32 [O, D].
+    Built by `of`; this makes an empty one, for `load_state_dict`.
     """
 
     def __init__(
-        self, conv: nn.Conv2d, *, unit: float, max_count: int, neuron: Neuron | None = None, fast: bool = True
+        self, geometry: Geometry, *, unit: float, max_count: int, levels: int = 0, bits: int = 8, fast: bool = True
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.unit, self.max_count = unit, max_count
-        self.levels = 0 if neuron is None else neuron.levels
-        self.half_up = isinstance(neuron, IELIF)
-        weight, step = quantize_weight(conv.weight.detach())
-        bias = step.new_zeros(len(step)) if conv.bias is None else conv.bias.detach()
+        self.geometry, self.unit, self.max_count, self.levels, self.bits = geometry, unit, max_count, levels, bits
+        self.wanted_fast = fast
+        out = geometry.out_channels
+        self.register_buffer("weight", torch.zeros(geometry.weight_shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(out))
+        self.register_buffer("bias", torch.zeros(out))
+        if levels:
+            self.register_buffer("thresholds", torch.zeros(out, levels, dtype=torch.int32))
+        self._drop_cache()
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Conv2d | nn.Linear,
+        *,
+        unit: float,
+        max_count: int,
+        neuron: Neuron | None = None,
+        fast: bool = True,
+    ) -> "IntegerConv":
+        """The integer form of `layer`, and of the neuron that alone reads it. Float weights are rounded to 8 bits."""
+        weight, step, bits = integer_weight(layer)
+        levels = 0 if neuron is None else neuron.levels
+        made = cls(Geometry.of(layer), unit=unit, max_count=max_count, levels=levels, bits=bits, fast=fast)
+        bias = step.new_zeros(len(step)) if layer.bias is None else layer.bias.detach()
         gain = 1.0 if neuron is None else getattr(neuron, "gain", 1.0) / float(neuron.threshold)
-        self.register_buffer("weight", weight.contiguous())
-        self.register_buffer("scale", (step * unit * gain).float())
-        self.register_buffer("bias", (bias * gain).float())
-        self.fast = fast and 2 * max_count * LARGEST_WEIGHT <= PAIR_LIMIT
-        self.emits = self.levels > 0 and not (self.half_up and self.meets_a_tie())
-        self.packed: dict[torch.Size, Tensor] = {}
+        made.weight.copy_(weight.view(made.weight.shape))
+        made.scale.copy_(step.detach().double() * unit * gain)
+        made.bias.copy_(bias.double() * gain)
+        if neuron is not None:
+            value, shift = step.detach().double() * unit, bias.double()
+            made._threshold(lambda sums: neuron.counts(neuron(sums * value[:, None] + shift[:, None])))
+        return made
+
+    @torch.no_grad()
+    def _threshold(self, respond: Callable[[Tensor], Tensor]) -> None:
+        """Find the thresholds by bisection, and a float32 bias under which the primitive meets them all.
+
+        `respond`: integer sums in float64 [O, n] -> counts [O, n], monotone in the sums.
+        """
+        sign = self.sign[:, None].long()
+        wanted = torch.arange(1, self.levels + 1)
+        reach = self.reach[:, None]
+        low, high = (-reach - 1).expand(-1, self.levels), (reach + 1).expand(-1, self.levels)
+        for _ in range(int(reach.max()).bit_length() + 2):
+            middle = (low + high).div(2, rounding_mode="floor")
+            enough = respond((sign * middle).double()) >= wanted
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        self.thresholds.copy_(high)
+        exact, missing = self.bias.clone(), ~self.meets(self.bias)
+        last_place = exact.abs().clamp(min=self.levels) * EPSILON
+        for steps in NUDGES:
+            if not missing.any():
+                break
+            nudged = exact + steps * last_place
+            better = missing & self.meets(nudged)
+            self.bias.copy_(torch.where(better, nudged, self.bias))
+            missing &= ~better
+
+    @property
+    def sign(self) -> Tensor:
+        """-1 for channels whose counts fall with their sums, else 1; int32 [O]."""
+        return torch.where(self.scale < 0, -1, 1).int()
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest absolute sum of each channel; int64 [O]."""
+        return self.max_count * self.weight.flatten(1).long().abs().sum(1)
+
+    def meets(self, bias: Float[Tensor, " O"]) -> Tensor:
+        """Channels whose float32 epilogue, with this bias, fires as the thresholds say; bool [O]."""
+        sums = self.thresholds.long()
+        reachable = [(sums <= self.reach[:, None]), (sums - 1 >= -self.reach[:, None])]
+        wanted = torch.arange(1, self.levels + 1, device=sums.device)
+        at, below = (self._rounded(each, bias) for each in (sums, sums - 1))
+        return (((at >= wanted) | ~reachable[0]) & ((below < wanted) | ~reachable[1])).all(1)
+
+    def _rounded(self, sums: Tensor, bias: Tensor) -> Tensor:
+        """What the primitive makes of `sums` [O, n] (times -1 where the scale is negative)."""
+        y = (self.sign[:, None] * sums).float() * self.scale[:, None] + bias[:, None]
+        return y.clamp(0, self.levels).round()
 
     def forward(self, x: Tensor) -> Tensor:
-        counts = x if x.dtype == torch.uint8 else (x / self.unit).round().to(torch.uint8)
-        if not self.runs_fast(counts):
-            return self.readable(counts)
-        y = self.primitive(counts)
-        return y if self.emits or not self.levels else round_counts(y, largest=self.levels, half_up=self.half_up)
+        counts = x if x.dtype == torch.uint8 else to_uint8((x / self.unit).round_())
+        return self.primitive(counts) if self.runs_fast(counts) else self.readable(counts)
 
     def runs_fast(self, counts: Tensor) -> bool:
         """True if the primitive may take these counts."""
         return self.fast and counts.device.type == "cpu" and primitive_agrees()
 
-    def readable(self, counts: UInt8[Tensor, "TB C H W"]) -> Tensor:
-        """The definition. Sums are exact in float64 whatever algorithm the convolution runs (float32 may be TF32)."""
-        weight = self.weight.double()
-        sums = F.conv2d(counts.double(), weight, None, self.stride, self.padding, self.dilation, self.groups)
-        y = sums.float().mul_(self.scale.view(-1, 1, 1)).add_(self.bias.view(-1, 1, 1))
-        y = y.contiguous(memory_format=torch.channels_last)
-        return round_counts(y, largest=self.levels, half_up=self.half_up) if self.levels else y
+    @property
+    def fast(self) -> bool:
+        """True unless a CPU without VNNI could saturate, or the readable path was asked for."""
+        if self._largest is None:
+            self._largest = int(self.weight.long().abs().max()) if self.weight.numel() else 0
+        return self.wanted_fast and 2 * self.max_count * self._largest <= PAIR_LIMIT
 
-    def primitive(self, counts: UInt8[Tensor, "TB C H W"]) -> Tensor:
-        """The same numbers from one call; float32 where the neuron's halves need the plain rounding."""
-        ops, geometry = torch.ops.onednn, (self.stride, self.padding, self.dilation, self.groups)
-        packed = self.packed.get(counts.shape)
+    @property
+    def emits(self) -> bool:
+        """True if the primitive itself gives the counts; else it gives sums, compared with the thresholds here."""
+        if self._emits is None:
+            self._emits = bool(self.levels) and bool(self.meets(self.bias).all())
+        return self._emits
+
+    def readable(self, counts: Counts) -> Tensor:
+        """The definition. Sums are exact in float64 whatever algorithm the convolution runs (float32 may be TF32)."""
+        sums = F.conv2d(counts.double(), self.weight.double(), None, *self.geometry.moves)
+        if self.levels:
+            return self.crossed(sums)
+        y = sums.float().mul_(self.scale.view(-1, 1, 1)).add_(self.bias.view(-1, 1, 1))
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def crossed(self, sums: Float[Tensor, "TB O H W"]) -> Counts:
+        """How many thresholds each sum reaches."""
+        sums = sums * self.sign.view(-1, 1, 1)
+        counts = torch.zeros(sums.shape, dtype=torch.uint8, device=sums.device)
+        for threshold in self.thresholds.T:
+            counts += sums >= threshold.view(-1, 1, 1)
+        return counts.contiguous(memory_format=torch.channels_last)
+
+    def primitive(self, counts: Counts) -> Tensor:
+        """The same numbers from one call."""
+        sums = bool(self.levels) and not self.emits
+        scale, bias = (torch.ones_like(self.scale), torch.zeros_like(self.bias)) if sums else (self.scale, self.bias)
+        end = (torch.uint8, "hardtanh", [0, self.levels]) if self.emits else (torch.float32, "none", [])
+        packed, moves = self._packed_for(counts.shape, scale), self.geometry.moves
+        ops, zero = torch.ops.onednn, torch.zeros(1, dtype=torch.int32)
+        y = ops.qconv2d_pointwise(counts, 1.0, 0, packed, scale, zero, bias, *moves, 1.0, 0, *end, None)
+        return self.crossed(y) if sums else y
+
+    def _packed_for(self, shape: torch.Size, scale: Tensor) -> Tensor:
+        """The weights as the primitive lays them out for inputs of `shape`."""
+        packed = self.packed.get(shape)
         if packed is None:
             if len(self.packed) == PACKED_SHAPES:
                 self.packed.clear()
             # Packed for another shape, weights are laid out anew in every call: up to 60 times slower (measured).
-            packed = ops.qconv_prepack(self.weight.contiguous(), self.scale, 1.0, 0, *geometry, counts.shape)
-            self.packed[counts.shape] = packed
-        end = (torch.uint8, "hardtanh", [0, self.levels]) if self.emits else (torch.float32, "none", [])
-        zero = torch.zeros(1, dtype=torch.int32)
-        return ops.qconv2d_pointwise(counts, 1.0, 0, packed, self.scale, zero, self.bias, *geometry, 1.0, 0, *end, None)
+            weight = self.weight.contiguous()
+            packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.geometry.moves, shape)
+            self.packed[shape] = packed
+        return packed
 
-    def meets_a_tie(self) -> bool:
-        """True if some reachable sum lands where rounding half up and half to even differ.
+    def describe(self) -> dict:
+        """Plain values that build an empty layer of these sizes."""
+        sizes = {"unit": self.unit, "max_count": self.max_count, "levels": self.levels, "bits": self.bits}
+        return {"geometry": self.geometry.describe(), **sizes}
 
-        That is k + 1/2, or the float just below it (adding 1/2 to it may round up). The epilogue grows with the sum,
-        so bisection finds the first sum that reaches each of them.
-        """
-        half = torch.arange(self.levels, device=self.scale.device) + 0.5
-        below = torch.nextafter(half, torch.zeros_like(half))
-        reach = self.max_count * self.weight.flatten(1).to(torch.int64).abs().sum(1, keepdim=True)
-        low, high = (-reach - 1).expand(-1, self.levels), (reach + 1).expand(-1, self.levels)
-        for _ in range(int(reach.max()).bit_length() + 2):
-            middle = (low + high).div(2, rounding_mode="floor")
-            enough = self.epilogue(middle) >= below
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        return bool(((high <= reach) & (self.epilogue(high) <= half)).any())
-
-    def epilogue(self, sums: Tensor) -> Tensor:
-        """Scale and bias for integer sums [O, ...], as both paths apply them."""
-        return sums.float() * self.scale[:, None] + self.bias[:, None]
+    def _drop_cache(self) -> None:
+        """Forget what was computed from the buffers."""
+        self.packed: dict[torch.Size, Tensor] = {}
+        self._emits: bool | None = None
+        self._largest: int | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"packed": {}}  # packed weights belong to this process and cannot be copied
 
     def _load_from_state_dict(self, *args) -> None:
-        self.packed = {}
+        self._drop_cache()
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self.packed = {}
+        self._drop_cache()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        out, inside, *kernel = self.weight.shape
-        return f"{inside * self.groups}, {out}, kernel={tuple(kernel)}, levels={self.levels}, unit={self.unit:g}"
+        sizes = self.geometry
+        shape = f"{sizes.in_channels}, {sizes.out_channels}, kernel={sizes.kernel}"
+        return f"{shape}, levels={self.levels}, unit={self.unit:g}, bits={self.bits}"
 
 
 class IntegerLinear(IntegerConv):
-    """nn.Linear on counts, as a 1x1 convolution: uint8 [..., C] -> float32 [..., O] (uint8 with a fused neuron)."""
-
-    def __init__(
-        self, linear: nn.Linear, *, unit: float, max_count: int, neuron: Neuron | None = None, fast: bool = True
-    ) -> None:
-        conv = nn.Conv2d(linear.in_features, linear.out_features, 1, device="meta")
-        conv.weight = nn.Parameter(linear.weight.detach()[..., None, None], requires_grad=False)
-        conv.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        super().__init__(conv, unit=unit, max_count=max_count, neuron=neuron, fast=fast)
+    """nn.Linear on counts, as a 1x1 convolution: uint8 [..., C] -> float32 [..., O] (uint8 if it fires)."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = super().forward(x.reshape(-1, x.shape[-1], 1, 1))
@@ -218,7 +310,7 @@ def primitive_agrees() -> bool:
             conv.weight.data[:, 0, 0, 0] = LARGEST_WEIGHT / 128  # then every step is 1/128 and ties are met
             conv.bias.data.copy_(torch.randint(-8, 8, (out,), generator=generator) / 4)
             for max_count, neuron in ((4, ILIF(levels=4)), (129, None)):
-                layer = IntegerConv(conv, unit=1.0, max_count=max_count, neuron=neuron)
+                layer = IntegerConv.of(conv, unit=1.0, max_count=max_count, neuron=neuron)
                 shape = (2, inside, 9, 9)
                 counts = torch.randint(0, max_count + 1, shape, generator=generator, dtype=torch.uint8)
                 if not torch.equal(layer.primitive(counts), layer.readable(counts)):

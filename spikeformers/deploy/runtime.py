@@ -1,84 +1,39 @@
-"""Integer inference: counts as uint8, spike-fed layers with 8-bit weights, convolution + neuron as one primitive.
+"""Integer inference: counts as uint8, spike-fed layers with integer weights, convolution + neuron as one primitive.
 
-What reads spikes is found by following tensors through one forward pass (wiring.py), so any model runs; what the
-layers compute is defined in counts.py. Un-spiked layers (the stem, pw2 of SepConv), residual sums and membranes stay
-float32; attention multiplies counts, exactly.
+A layer computes in integers if what it reads is spikes; the stem, the inner convolutions of RepConv, the last one of
+SepConv, batch statistics of nothing else and the membranes stay float32. Low-bit weights are taken as they are, so
+that a layer gives exactly the counts that the network gives from the same input; float weights are rounded to 8 bits
+a channel (post-training), which changes some counts: `compare` says how many.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import is_dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from spikeformers.attention import SSA
-from spikeformers.deploy.counts import CountNeuron, IntegerConv, IntegerLinear, PerImage, fires_by_itself
-from spikeformers.deploy.fuse import fuse, plain_copy
-from spikeformers.deploy.wiring import OTHER, Wiring, probe
-from spikeformers.energy.firing import record
+from spikeformers.deploy.agreement import Agreement, IntegerReport, LayerReport, compare
+from spikeformers.deploy.counts import LARGEST_COUNT, CountNeuron, IntegerConv, IntegerLinear, fires_by_itself
+from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
+from spikeformers.deploy.form import Factors, integer_form, unscale
+from spikeformers.deploy.geometry import Geometry
+from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
+from spikeformers.energy.marks import Mark
+from spikeformers.layers import LayerScaleBlock, TransformerBlock
 from spikeformers.neurons import Neuron
 
 EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
-LARGEST_COUNT = 255
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer of the engine. `path`: "fused" (convolution + neuron), "int8", or "float"; `bits` of its weights."""
-
-    name: str
-    path: str
-    bits: int
-    spike_fed: bool
-    primitive: bool  # runs as one oneDNN call; else in plain torch
-    weight_bytes: int  # weights, and scales and biases
-
-
-@dataclass(frozen=True)
-class IntegerReport:
-    """Every convolution and linear layer of the engine, in order of the model."""
-
-    layers: tuple[LayerReport, ...]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(layer.weight_bytes for layer in self.layers)
-
-    def table(self) -> str:
-        """One line a layer, and the total."""
-        width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'layer':{width}}  path   bits  spikes in  primitive       bytes"]
-        for layer in self.layers:
-            fed, runs = ("yes" if flag else "no" for flag in (layer.spike_fed, layer.primitive))
-            cells = f"{layer.path:5}  {layer.bits:4}  {fed:>9}  {runs:>9}  {layer.weight_bytes:10,}"
-            lines.append(f"{layer.name:{width}}  {cells}")
-        return "\n".join([*lines, f"{'total':{width}}  {self.weight_bytes:44,}"])
-
-    def to_json(self) -> dict:
-        """Plain values for a JSON file."""
-        return {"layers": [asdict(layer) for layer in self.layers], "weight_bytes": self.weight_bytes}
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far the engine predicts what the float model predicts, over `total` images.
-
-    `different`: indices of the images whose predicted class differs. `flip_rates`: per neuron, the share of its counts
-    that differ. `largest_error`: of any logit.
-    """
-
-    same: int
-    total: int
-    different: tuple[int, ...]
-    flip_rates: dict[str, float]
-    largest_error: float
-
-    def to_json(self) -> dict:
-        """Plain values for a JSON file."""
-        return asdict(self) | {"different": list(self.different)}
+BACKENDS = ("torch", "openvino")
+KINDS = {
+    "integer_conv": IntegerConv,
+    "integer_linear": IntegerLinear,
+    "float_conv": FloatConv,
+    "float_linear": FloatLinear,
+}
 
 
 class IntegerModel(nn.Module):
@@ -89,12 +44,14 @@ class IntegerModel(nn.Module):
     readable path: equal in integer layers, but float ones round as CUDA does. That needs float64: no Apple GPU has it.
     `sf.record` does not hear an engine, whose neurons are mostly fused into layers; `compare` gives the flip rate of
     every neuron, the share of its counts that differ from the float network's.
+    `config`: of the catalogue's network that it came from, None if it came from another one.
     """
 
-    def __init__(self, net: nn.Module, *, spike_fed: frozenset[str]) -> None:
+    def __init__(self, net: nn.Module, *, spike_fed: frozenset[str], config: Any = None) -> None:
         super().__init__()
         self.net = net
         self.spike_fed = spike_fed
+        self.config = config
         self.eval()
 
     @torch.no_grad()
@@ -111,57 +68,105 @@ class IntegerModel(nn.Module):
         layers = []
         for name, module in self.net.named_modules():
             if isinstance(module, IntegerConv):
-                path, bits = ("fused" if module.levels else "int8"), 8
+                path, bits = ("fused" if module.levels else "int8"), module.bits
                 runs = module.runs_fast(module.weight)
-            elif isinstance(module, PerImage):
-                path, bits, runs = "float", 32, False
+            elif isinstance(module, FloatConv | PerImage):
+                path, bits, runs = "float", getattr(module, "bits", 32), False
             else:
                 continue
             size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
             layers.append(LayerReport(name, path, bits, name in self.spike_fed, runs, size))
         return IntegerReport(tuple(layers))
 
-    @torch.no_grad()
     def compare(self, model: nn.Module, images: Tensor | Iterable) -> Agreement:
-        """Run `model`, the float network this engine came from, and the engine on the same images.
+        """Run `model`, the network this engine came from, and the engine on the same images.
 
         `images`: one batch, or a loader of batches (a batch may be (images, labels)). Model, engine and images may lie
-        on different devices.
+        on different devices. The model runs in its own precision: `.double()` it to know what is due to rounding.
         Raises ValueError if `model` is in train mode or there is no image.
         """
-        if model.training:
-            raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
-        engine = {name: module for name, module in self.net.named_modules() if isinstance(module, CountNeuron)}
-        flips, sizes = dict.fromkeys(engine, 0), dict.fromkeys(engine, 0)
-        different, total, largest = [], 0, 0.0
-        place = next(model.parameters()).device
-        for batch in [images] if isinstance(images, Tensor) else images:
-            batch = (batch if isinstance(batch, Tensor) else batch[0]).to(place)
-            with record(model) as wanted, _listen(engine) as got:
-                expected, logits = model(batch).to(self.device), self(batch)
-            wrong = (expected.argmax(1) != logits.argmax(1)).nonzero().flatten()
-            different += (wrong + total).tolist()
-            total += len(logits)
-            largest = max(largest, float((expected - logits).abs().max()))
-            for name in engine:
-                flips[name] += int((wanted[name].to(self.device) != got[name]).sum())
-                sizes[name] += got[name].numel()
-        if not total:
-            raise ValueError("no image to compare: the loader gave no batch")
-        rates = {name: flips[name] / sizes[name] for name in engine}
-        return Agreement(total - len(different), total, tuple(different), rates, largest)
+        return compare(self, model, images)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values from which `rebuild` makes this engine's modules again, without their tensors.
+
+        "modules": [name, kind, values] of everything that replaced a module of the network, in order.
+        """
+        return {"modules": list(self._described()), "spike_fed": sorted(self.spike_fed)}
+
+    def _described(self) -> Iterator[list]:
+        kind_of = {made: kind for kind, made in KINDS.items()}
+        for name, module in self.net.named_modules():
+            if type(module) in kind_of:
+                yield [name, kind_of[type(module)], module.describe()]
+            elif isinstance(module, CountNeuron):
+                yield [name, "neuron", module.describe()]
+            elif isinstance(module, Factors):
+                yield [name, "factors", {"names": [part for part, _ in module.named_children()]}]
+            elif isinstance(module, SSA):
+                yield [name, "attention", {"scale": module.scale}]
+            elif type(module) is TransformerBlock:
+                yield [name, "unscaled", {}]
+
+    @classmethod
+    def rebuild(cls, net: nn.Module, description: dict[str, Any], *, config: Any = None) -> "IntegerModel":
+        """The engine that `description` tells of, with empty buffers, from the network `net`, which it takes over.
+
+        Raises ValueError for anything it does not know or that does not fit the network.
+        """
+        for name, kind, values in description["modules"]:
+            try:
+                _place(net, name, kind, values)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(f"the description of {name!r} ({kind!r}) does not fit the network: {error}") from error
+        return cls(net.float(), spike_fed=frozenset(description["spike_fed"]), config=config)
+
+
+def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None:
+    """Put what `kind` and `values` describe into the place `name` of `net`."""
+    if kind in KINDS:
+        sizes = {key: tuple(each) if isinstance(each, list) else each for key, each in values["geometry"].items()}
+        net.set_submodule(name, KINDS[kind](**values | {"geometry": Geometry(**sizes)}), strict=True)
+    elif kind == "factors":
+        places = OrderedDict((part, nn.Identity()) for part in values["names"])
+        net.set_submodule(name, Factors(places), strict=True)
+    elif kind == "neuron":
+        neuron = net.get_submodule(name)
+        if not isinstance(neuron, Neuron):
+            raise ValueError(f"{name} is no neuron of the network")
+        dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[values["dtype"]]
+        net.set_submodule(name, CountNeuron(neuron, fused=values["fused"], dtype=dtype, unit=values["unit"]))
+    elif kind == "attention":
+        attention = net.get_submodule(name)
+        if not isinstance(attention, SSA):
+            raise ValueError(f"{name} is no attention with a scale")
+        _set_scale(attention, values["scale"])
+    elif kind == "unscaled":
+        block = net.get_submodule(name)
+        if isinstance(block, LayerScaleBlock):
+            unscale(block)
+    else:
+        raise ValueError(f"{name} is of an unknown kind {kind!r}")
+
+
+def _set_scale(attention: SSA, scale: float) -> None:
+    del attention.scale  # a learnt one is a parameter, which a number may not replace
+    attention.scale = scale
 
 
 @torch.no_grad()
-def integer(model: nn.Module, images: Tensor, *, fast: bool = True) -> IntegerModel:
-    """Post-training integer engine of `model` (float or fused), on the CPU; `model` stays as it is, where it is.
+def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str = "torch") -> nn.Module:
+    """Integer engine of `model` (low-bit, float, or fused), on the CPU; `model` stays as it is, where it is.
 
     `images`: any real batch of the size that the engine will see; its first image is run once to find who reads spikes.
     `fast=False` takes the readable path everywhere: the same numbers, slower.
-    Raises ValueError if no layer reads spikes or a neuron emits counts above 255.
+    `backend` "openvino" runs the same graph in OpenVINO (extra `openvino`).
+    Raises ValueError if no layer reads spikes, or for an unknown backend.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     with torch.inference_mode(False):
-        net = fuse(plain_copy(model).cpu().double())  # merged and quantised from float64, then run in float32
+        net = integer_form(model)
         wiring = probe(net, (images[:, :1] if images.ndim == 5 else images[:1]).cpu().double())
         modules = dict(net.named_modules())
         fed = _spike_fed(modules, wiring)
@@ -173,24 +178,37 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True) -> IntegerMo
         _swap_layers(net, modules, fed, fused, fast=fast)
         _swap_neurons(net, modules, wiring, fed, frozenset(fused.values()))
         _keep_counts_in_attention(modules, wiring)
-        return IntegerModel(net.float().to(memory_format=torch.channels_last), spike_fed=frozenset(fed))
+        config = getattr(getattr(model, "_orig_mod", model), "config", None)
+        engine = IntegerModel(
+            net.float().to(memory_format=torch.channels_last),
+            spike_fed=frozenset(fed),
+            config=config if is_dataclass(config) else None,
+        )
+    if backend == "torch":
+        return engine
+    from spikeformers.deploy.openvino import OpenVINOModel
+
+    return OpenVINOModel(engine, images)
 
 
-def _spike_fed(modules: dict[str, nn.Module], wiring: Wiring) -> dict[str, Neuron]:
-    """Convolutions and linear layers that read what one neuron wrote, with that neuron."""
+def _spike_fed(modules: dict[str, nn.Module], wiring: Wiring) -> dict[str, Mark]:
+    """Convolutions and linear layers that read spikes, each once, with what one is worth and how many there can be."""
     fed = {}
-    for name, calls in wiring.calls.items():
-        module, source = modules[name], modules.get(wiring.sources.get(name, OTHER))
-        if isinstance(module, Neuron) or not isinstance(source, Neuron) or calls > 1:
+    for name, mark in wiring.fed.items():
+        module = modules[name]
+        if isinstance(module, Neuron) or wiring.calls[name] > 1 or mark.most > LARGEST_COUNT:
             continue
-        if source.levels > LARGEST_COUNT:
-            raise ValueError(f"counts are uint8: levels must be at most {LARGEST_COUNT}, got {source.levels}")
-        if isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and not isinstance(module.padding, str)):
-            fed[name] = source
+        if isinstance(module, nn.Linear) or pads_with_zeros(module):
+            fed[name] = mark
     return fed
 
 
-def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Neuron]) -> dict[str, str]:
+def pads_with_zeros(conv: nn.Conv2d) -> bool:
+    """True for a convolution that `Geometry` describes."""
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Mark]) -> dict[str, str]:
     """Spike-fed layers whose output one neuron, and nothing else, reads: layer name -> neuron name."""
     fused = {}
     for name in fed:
@@ -202,21 +220,25 @@ def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Neuro
 
 
 def _swap_layers(
-    net: nn.Module, modules: dict[str, nn.Module], fed: dict[str, Neuron], fused: dict[str, str], *, fast: bool
+    net: nn.Module, modules: dict[str, nn.Module], fed: dict[str, Mark], fused: dict[str, str], *, fast: bool
 ) -> None:
     """Integer layers for spike-fed ones, float layers image by image for the others."""
     for name, module in modules.items():
         if name in fed:
             kind = IntegerLinear if isinstance(module, nn.Linear) else IntegerConv
             neuron = modules[fused[name]] if name in fused else None
-            new = kind(module, unit=fed[name].unit, max_count=fed[name].levels, neuron=neuron, fast=fast)
+            mark = fed[name]
+            net.set_submodule(name, kind.of(module, unit=mark.unit, max_count=mark.most, neuron=neuron, fast=fast))
+        elif is_layer(module):
+            if isinstance(module, nn.Linear):
+                new = FloatLinear.of(module)
+            else:
+                new = FloatConv.of(module) if pads_with_zeros(module) else PerImage(module)
             net.set_submodule(name, new)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            net.set_submodule(name, PerImage(module))
 
 
 def _swap_neurons(
-    net: nn.Module, modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Neuron], fused: frozenset[str]
+    net: nn.Module, modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Mark], fused: frozenset[str]
 ) -> None:
     """Neurons that emit counts: uint8 where only integer layers read them, else float32 spikes."""
     for name, readers in wiring.readers.items():
@@ -239,20 +261,4 @@ def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> 
         for operand in operands:
             scale *= operand.unit
             operand.unit, operand.dtype = 1.0, torch.float32 if largest <= EXACT_FLOAT32 else torch.float64
-        del attention.scale  # a learnt one is a parameter, which a number may not replace
-        attention.scale = scale
-
-
-@contextmanager
-def _listen(modules: dict[str, CountNeuron]) -> Iterator[dict[str, Tensor]]:
-    """Counts that each of `modules` emits in the forward pass inside the context, by name."""
-    heard: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda m, _, out, name=name: heard.__setitem__(name, m.counts(out)))
-        for name, module in modules.items()
-    ]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+        _set_scale(attention, scale)

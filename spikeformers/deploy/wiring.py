@@ -1,8 +1,8 @@
-"""Who feeds whom: one probing forward pass that follows tensors from neurons to convolutions by identity.
+"""Who feeds whom: one probing forward pass that follows tensors from neurons to convolutions.
 
-A tensor that no function but a watched module reads can change its type; everything else must stay as the model
-wrote it. Views and copies count as other readers, so that what cannot be proven stays in floating point. A tensor
-changed in place is no longer what its module wrote; its version counter tells.
+What a layer is fed is told by the marks of spikes (energy/marks.py). Who reads a tensor is told by identity: one that
+no function but a watched module reads can change its type, and everything else must stay as the model wrote it. Views
+and copies count as other readers, so that what cannot be proven stays in floating point.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from spikeformers.energy.marks import Mark, SpikeMarks
 from spikeformers.neurons import Neuron
+from spikeformers.quantize import PackedLayer
 
 OTHER = ""  # a reader that is no watched module
 METADATA = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
@@ -21,9 +23,10 @@ METADATA = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 @dataclass
 class Wiring:
-    """Module names of one forward pass: `sources[conv]` wrote what it read, `readers[module]` read what it wrote."""
+    """Module names of one forward pass: `fed[layer]` is the unit and the most spikes of an element of what it read, if
+    that is spikes; `readers[module]` read what it wrote."""
 
-    sources: dict[str, str] = field(default_factory=dict)
+    fed: dict[str, Mark] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -32,11 +35,12 @@ class Wiring:
 class _Watch(TorchFunctionMode):
     """Notes every function outside the watched modules that reads a tensor which one of them wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, marks: SpikeMarks) -> None:
         super().__init__()
         self.wiring = Wiring()
+        self.marks = marks
         self.inside = 0
-        self.written = WeakTensorKeyDictionary()  # tensor -> name of its writer, and its version then
+        self.written = WeakTensorKeyDictionary()  # tensor -> name of its writer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -47,34 +51,45 @@ class _Watch(TorchFunctionMode):
     def read(self, values: object, reader: str) -> None:
         for value in tree_leaves(values):
             if isinstance(value, Tensor) and value in self.written:
-                source, version = self.written[value]
-                self.wiring.readers[source].append(reader)
-                if value._version == version:
-                    self.wiring.sources[reader] = source
+                self.wiring.readers[self.written[value]].append(reader)
 
     def enter(self, name: str, args: tuple, kwargs: dict) -> None:
         self.read((args, kwargs), name)
+        mark = self.marks.of(args[0]) if args else None
+        if mark is not None:
+            self.wiring.fed[name] = mark
         self.inside += 1
         self.wiring.calls[name] = self.wiring.calls.get(name, 0) + 1
 
-    def leave(self, name: str, output: Tensor) -> None:
+    def leave(self, name: str, module: nn.Module, output: Tensor) -> None:
         self.inside -= 1
+        if isinstance(module, Neuron):
+            self.marks.put(output, Mark(module.unit, module.levels))
         self.wiring.readers.setdefault(name, [])
         self.wiring.shapes[name] = output.shape
-        self.written[output] = (name, output._version)
+        self.written[output] = name
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True for a two-dimensional convolution or linear layer that computes as torch's own do, packed or not."""
+    packed = isinstance(module, PackedLayer) and isinstance(module, nn.Conv2d | nn.Linear)
+    return packed or type(module) in (nn.Conv2d, nn.Linear)
 
 
 def probe(model: nn.Module, images: Tensor) -> Wiring:
     """Run `model(images)` once and tell who fed whom among its neurons, Conv2d and Linear layers."""
-    watch, handles = _Watch(), []
+    marks = SpikeMarks()
+    watch, handles = _Watch(marks), []
     for name, module in model.named_modules():
-        if isinstance(module, Neuron) or type(module) in (nn.Conv2d, nn.Linear):
+        if isinstance(module, Neuron) or is_layer(module):
             before = module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs), with_kwargs=True
             )
-            handles += [before, module.register_forward_hook(lambda _, args, out, name=name: watch.leave(name, out))]
+            after = module.register_forward_hook(lambda m, args, out, name=name: watch.leave(name, m, out))
+            handles += [before, after]
     try:
-        with torch.no_grad(), watch:
+        # The version counter of a tensor, which tells that a mark is stale, needs inference mode off.
+        with torch.inference_mode(False), torch.no_grad(), marks, watch:
             result = model(images)
         watch.read(result, OTHER)
     finally:

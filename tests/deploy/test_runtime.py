@@ -10,6 +10,7 @@ from torch import nn
 from spikeformers.attention import SCALE, SDSA3
 from spikeformers.deploy import fuse, integer
 from spikeformers.deploy.counts import CountNeuron, quantize_weight
+from spikeformers.deploy.form import integer_form
 from spikeformers.energy.firing import record
 from spikeformers.neurons import set_steps, streaming
 
@@ -33,8 +34,8 @@ VARIANTS = [
 
 
 def with_integer_weights(model: nn.Module, engine: nn.Module) -> nn.Module:
-    """The fused float64 network whose spike-fed weights lie on the engine's 8-bit grid already."""
-    exact = fuse(copy.deepcopy(model).double())
+    """The network in its integer form, whose spike-fed weights lie on the engine's 8-bit grid already."""
+    exact = integer_form(model)
     for name, module in exact.named_modules():
         if name in engine.spike_fed:
             units, step = quantize_weight(module.weight.detach())
@@ -79,16 +80,19 @@ def test_layers_take_the_path_that_their_input_allows(small, images):
         "stage1a.block0.sep_conv.pw2": ("float", 32, False),
         "stage2.block0.channel_conv.conv1": ("fused", 8, True),
         "stage2.block0.channel_conv.conv2": ("int8", 8, True),
-        "stage3.block0.attn.q_conv": ("fused", 8, True),
-        "stage3.block0.attn.proj": ("int8", 8, True),
+        "stage3.block0.attn.q_conv.pw1": ("int8", 8, True),
+        "stage3.block0.attn.q_conv.dw": ("float", 32, False),
+        "stage3.block0.attn.q_conv.pw2": ("float", 32, False),
+        "stage3.block0.attn.proj.pw1": ("int8", 8, True),
+        "stage3.block0.mlp.conv1": ("fused", 8, True),
         "head": ("int8", 8, True),
     }
     for name, wanted in expected.items():
         assert (layers[name].path, layers[name].bits, layers[name].spike_fed) == wanted, name
-    assert sum(layer.path == "float" for layer in layers.values()) == 4
+    assert sum(layer.path == "float" for layer in layers.values()) == 20  # stem, 3 x pw2, 8 x (dw, pw2)
     report = engine.report()
     assert report.weight_bytes == sum(tensor.numel() * tensor.element_size() for tensor in engine.state_dict().values())
-    assert "stage3.block0.attn.q_conv" in report.table()
+    assert "stage3.block0.attn.q_conv.pw1" in report.table()
     assert report.to_json()["weight_bytes"] == report.weight_bytes
 
 
@@ -110,9 +114,10 @@ def test_attention_sums_beyond_float32_are_taken_in_float64(small, images):
     assert all(module.q.dtype == torch.float64 for module in engine.modules() if isinstance(module, SDSA3))
 
 
-def test_the_float_model_and_its_fused_copy_give_the_same_engine(small, images):
-    model = small("ie_lif").double()
-    assert torch.equal(integer(model, images)(images), integer(fuse(model), images)(images))
+def test_a_fused_model_gives_an_engine_whose_rep_convs_are_dense_and_read_spikes(small, images):
+    layers = {layer.name: layer for layer in integer(fuse(small("ie_lif")), images).report().layers}
+    assert layers["stage3.block0.attn.q_conv"].path == "fused"
+    assert sum(layer.path == "float" for layer in layers.values()) == 4  # stem, 3 x pw2
 
 
 def test_a_compiled_model_gives_the_engine_of_the_model_inside(small, images):

@@ -109,7 +109,7 @@ def test_the_engine_of_a_model_on_a_device_is_that_of_the_model_on_the_cpu(devic
 
 
 def test_integer_layers_give_the_same_numbers_on_a_device(cuda):
-    layer = IntegerConv(nn.Conv2d(16, 32, 3, padding=1), unit=1.0, max_count=4, neuron=ILIF(levels=4))
+    layer = IntegerConv.of(nn.Conv2d(16, 32, 3, padding=1), unit=1.0, max_count=4, neuron=ILIF(levels=4))
     counts = torch.randint(0, 5, (3, 16, 9, 9), dtype=torch.uint8)
     assert torch.equal(copy.deepcopy(layer).to(cuda)(counts.to(cuda)).cpu(), layer(counts))
 

@@ -1,0 +1,115 @@
+"""What an integer engine is made of, and how far it agrees with the network that it came from."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spikeformers.deploy.counts import CountNeuron
+from spikeformers.energy.firing import record
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the engine. `path`: "fused" (convolution + neuron), "int8", or "float"; `bits` of its weights."""
+
+    name: str
+    path: str
+    bits: int
+    spike_fed: bool
+    primitive: bool  # runs as one oneDNN call; else in plain torch
+    weight_bytes: int  # weights, and scales, biases and thresholds, as they lie in memory
+
+
+@dataclass(frozen=True)
+class IntegerReport:
+    """Every convolution and linear layer of the engine, in order of the model."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    def table(self) -> str:
+        """One line a layer, and the total."""
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{'layer':{width}}  path   bits  spikes in  primitive       bytes"]
+        for layer in self.layers:
+            fed, runs = ("yes" if flag else "no" for flag in (layer.spike_fed, layer.primitive))
+            cells = f"{layer.path:5}  {layer.bits:4}  {fed:>9}  {runs:>9}  {layer.weight_bytes:10,}"
+            lines.append(f"{layer.name:{width}}  {cells}")
+        return "\n".join([*lines, f"{'total':{width}}  {self.weight_bytes:44,}"])
+
+    def to_json(self) -> dict:
+        """Plain values for a JSON file."""
+        return {"layers": [asdict(layer) for layer in self.layers], "weight_bytes": self.weight_bytes}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the engine predicts what the float model predicts, over `total` images.
+
+    `different`: indices of the images whose predicted class differs; `flipped`: of those where any count of any neuron
+    does.  `flip_rates`: per neuron, the share of its counts that differ.  `largest_error`: of any logit.
+    """
+
+    same: int
+    total: int
+    different: tuple[int, ...]
+    flipped: tuple[int, ...]
+    flip_rates: dict[str, float]
+    largest_error: float
+
+    def to_json(self) -> dict:
+        """Plain values for a JSON file."""
+        return asdict(self) | {"different": list(self.different), "flipped": list(self.flipped)}
+
+
+@torch.no_grad()
+def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> Agreement:
+    """Run the network `model` and the engine that came from it on the same images; see `IntegerModel.compare`."""
+    if model.training:
+        raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
+    neurons = {name: module for name, module in engine.net.named_modules() if isinstance(module, CountNeuron)}
+    flips, sizes = dict.fromkeys(neurons, 0), dict.fromkeys(neurons, 0)
+    different, flipped, total, largest = [], [], 0, 0.0
+    first = next(model.parameters())
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = (batch if isinstance(batch, Tensor) else batch[0]).to(first.device, first.dtype)
+        with record(model) as wanted, listening(neurons) as got:
+            expected, logits = model(batch).to(engine.device), engine(batch)
+        count = len(logits)
+        wrong = (expected.argmax(1) != logits.argmax(1)).nonzero().flatten()
+        anywhere = torch.zeros(count, dtype=torch.bool, device=engine.device)
+        largest = max(largest, float((expected - logits).abs().max()))
+        for name in neurons:
+            differs = wanted[name].to(engine.device) != got[name]
+            flips[name] += int(differs.sum())
+            sizes[name] += differs.numel()
+            anywhere |= differs.flatten(1).any(1).view(-1, count).any(0)  # rows are time-major
+        different += (wrong + total).tolist()
+        flipped += (anywhere.nonzero().flatten() + total).tolist()
+        total += count
+    if not total:
+        raise ValueError("no image to compare: the loader gave no batch")
+    rates = {name: flips[name] / sizes[name] for name in neurons}
+    return Agreement(total - len(different), total, tuple(different), tuple(flipped), rates, largest)
+
+
+@contextmanager
+def listening(neurons: dict[str, CountNeuron]) -> Iterator[dict[str, Tensor]]:
+    """Counts that each of `neurons` emits in the forward pass inside the context, by name."""
+    heard: dict[str, Tensor] = {}
+    handles = [
+        neuron.register_forward_hook(lambda m, _, out, name=name: heard.__setitem__(name, m.counts(out)))
+        for name, neuron in neurons.items()
+    ]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,134 @@
+"""Layers on real numbers, run image by image: their rounding, and every spike after it, then ignores the batch size.
+
+Low-bit weights stay integers in memory and are widened where they are used. The fast path prepares them once for
+oneDNN's float convolution, which for small layers is a third faster than asking for it anew in every call.
+"""
+
+import functools
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spikeformers.deploy.geometry import Geometry
+from spikeformers.quantize import PackedLayer
+
+PACKED_SHAPES = 4  # input shapes for which a layer keeps prepared weights
+
+
+class FloatConv(nn.Module):
+    """Convolution of real numbers: float32 [TB, C, H, W] -> float32 [TB, O, H', W'], channels last.
+
+    `bits` 32: buffer `weight` is float32; fewer: it is int8, in units of a buffer `step` float32 [O].  `bias` float32.
+    Built by `of`; this makes an empty one, for `load_state_dict`.
+    """
+
+    def __init__(self, geometry: Geometry, *, bits: int = 32) -> None:
+        super().__init__()
+        self.geometry, self.bits = geometry, bits
+        dtype = torch.float32 if bits == 32 else torch.int8
+        self.register_buffer("weight", torch.zeros(geometry.weight_shape, dtype=dtype))
+        if bits < 32:
+            self.register_buffer("step", torch.ones(geometry.out_channels))
+        self.register_buffer("bias", torch.zeros(geometry.out_channels))
+        self.packed: dict[torch.Size, Tensor] = {}
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: nn.Conv2d | nn.Linear) -> "FloatConv":
+        """The same layer; one whose weights are packed integers (without an offset) keeps them."""
+        low = isinstance(layer, PackedLayer) and layer.offset is None
+        made = cls(Geometry.of(layer), bits=layer.bits if low else 32)
+        weight = layer.integers() if low else layer.weight
+        made.weight.copy_(weight.view(made.weight.shape))
+        if low:
+            made.step.copy_(layer.alpha)
+        if layer.bias is not None:
+            made.bias.copy_(layer.bias)
+        return made
+
+    def float_weight(self) -> Float[Tensor, "O I kh kw"]:
+        """The weight that the layer multiplies by."""
+        return self.weight if self.bits == 32 else self.weight * self.step.view(-1, 1, 1, 1)
+
+    def forward(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB O _ _"]:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.device.type == "cpu" and prepares_weights():
+            run = functools.partial(self.prepared, self._packed_for(x[:1].shape))
+        else:
+            weight = self.float_weight()
+            run = lambda image: F.conv2d(image, weight, self.bias, *self.geometry.moves)  # noqa: E731
+        return run(x) if len(x) == 1 else torch.cat([run(image) for image in x.split(1)])
+
+    def prepared(self, packed: Tensor, image: Tensor) -> Tensor:
+        """One image through the convolution whose weights were prepared."""
+        stride, padding, dilation, groups = self.geometry.moves
+        return torch.ops.mkldnn._convolution_pointwise(
+            image, packed, self.bias, padding, stride, dilation, groups, "none", [], ""
+        )
+
+    def _packed_for(self, shape: torch.Size) -> Tensor:
+        """The weight as oneDNN lays it out for one image of `shape`."""
+        if shape not in self.packed:
+            if len(self.packed) == PACKED_SHAPES:
+                self.packed.clear()
+            stride, padding, dilation, groups = self.geometry.moves
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self.float_weight().to_mkldnn()
+                self.packed[shape] = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                    weight, padding, stride, dilation, groups, list(shape)
+                )
+        return self.packed[shape]
+
+    def describe(self) -> dict:
+        """Plain values that build an empty layer of these sizes."""
+        return {"geometry": self.geometry.describe(), "bits": self.bits}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"packed": {}}  # prepared weights belong to this process and cannot be copied
+
+    def _load_from_state_dict(self, *args) -> None:
+        self.packed = {}
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn, recurse=True):
+        self.packed = {}
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        sizes = self.geometry
+        return f"{sizes.in_channels}, {sizes.out_channels}, kernel={sizes.kernel}, bits={self.bits}"
+
+
+class FloatLinear(FloatConv):
+    """nn.Linear on real numbers: float32 [TB, ..., C] -> float32 [TB, ..., O]."""
+
+    def forward(self, x: Float[Tensor, "TB *shape C"]) -> Float[Tensor, "TB *shape O"]:
+        weight = self.float_weight().flatten(1)
+        return torch.cat([F.linear(row, weight, self.bias) for row in x.split(1)])
+
+
+class PerImage(nn.Module):
+    """A layer with a padding that FloatConv does not know, image by image."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB O _ _"]:
+        return torch.cat([self.layer(image) for image in x.split(1)])
+
+
+@functools.cache
+def prepares_weights() -> bool:
+    """True if this process has oneDNN's convolution with prepared weights, and it is F.conv2d; asked once."""
+    conv = FloatConv(Geometry(6, 8, (3, 3), padding=(1, 1)))
+    generator = torch.Generator().manual_seed(0)
+    conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
+    image = torch.randn(1, 6, 9, 9, generator=generator).contiguous(memory_format=torch.channels_last)
+    try:
+        found = conv.prepared(conv._packed_for(image.shape), image)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(found, F.conv2d(image, conv.weight, conv.bias, padding=1), rtol=1e-4, atol=1e-5)

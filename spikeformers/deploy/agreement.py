@@ -1,5 +1,6 @@
 """What an integer engine is made of, and how far it agrees with the network that it came from."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -8,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spikeformers.deploy.counts import CountNeuron
+from spikeformers.deploy.joint import OPERANDS
 from spikeformers.energy.firing import record
+
+JOINT = ".qkv"  # the neuron of a joint attention, which stands for those of q, k and v
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
     if model.training:
         raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
     neurons = {name: module for name, module in engine.net.named_modules() if isinstance(module, CountNeuron)}
-    flips, sizes = dict.fromkeys(neurons, 0), dict.fromkeys(neurons, 0)
+    flips, sizes = Counter(), Counter()
     different, flipped, total, largest = [], [], 0, 0.0
     first = next(model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
@@ -86,8 +90,8 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         wrong = (expected.argmax(1) != logits.argmax(1)).nonzero().flatten()
         anywhere = torch.zeros(count, dtype=torch.bool, device=engine.device)
         largest = max(largest, float((expected - logits).abs().max()))
-        for name in neurons:
-            differs = wanted[name].to(engine.device) != got[name]
+        for name, counts in got.items():
+            differs = wanted[name].to(engine.device) != counts
             flips[name] += int(differs.sum())
             sizes[name] += differs.numel()
             anywhere |= differs.flatten(1).any(1).view(-1, count).any(0)  # rows are time-major
@@ -96,16 +100,25 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         total += count
     if not total:
         raise ValueError("no image to compare: the loader gave no batch")
-    rates = {name: flips[name] / sizes[name] for name in neurons}
+    rates = {name: flips[name] / sizes[name] for name in sizes}
     return Agreement(total - len(different), total, tuple(different), tuple(flipped), rates, largest)
 
 
 @contextmanager
 def listening(neurons: dict[str, CountNeuron]) -> Iterator[dict[str, Tensor]]:
-    """Counts that each of `neurons` emits in the forward pass inside the context, by name."""
+    """Counts that each of `neurons` emits in the forward pass inside the context, by name in the network."""
     heard: dict[str, Tensor] = {}
+
+    def keep(neuron: CountNeuron, output: Tensor, *, name: str) -> None:
+        counts = neuron.counts(output)
+        if name.removesuffix(JOINT) == name:
+            heard[name] = counts
+        else:
+            for operand, part in zip(OPERANDS, counts.chunk(len(OPERANDS), 1), strict=True):
+                heard[f"{name.removesuffix(JOINT)}.{operand}"] = part
+
     handles = [
-        neuron.register_forward_hook(lambda m, _, out, name=name: heard.__setitem__(name, m.counts(out)))
+        neuron.register_forward_hook(lambda m, _, out, name=name: keep(m, out, name=name))
         for name, neuron in neurons.items()
     ]
     try:

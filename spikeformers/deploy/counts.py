@@ -11,6 +11,7 @@ Source of 8-bit weights where the network has float ones: Nagel et al., "A White
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ from spikeformers.quantize import PackedLayer
 logger = logging.getLogger(__name__)
 LARGEST_WEIGHT = 127
 LARGEST_COUNT = 255
-PACKED_SHAPES = 4  # input shapes for which a layer keeps packed weights
+PREPARED_SHAPES = 4  # input shapes for which a layer keeps its weights laid out
 PAIR_LIMIT = 32767  # CPUs without VNNI add two products in 16 bits and saturate beyond this
 EPSILON = 2**-23  # of float32
 NUDGES = (0.5, -0.5, 1, -1, 2, -2, 4, -4, 8, -8)  # last places by which a bias moves where float32 misses a threshold
@@ -73,6 +74,7 @@ class CountNeuron(nn.Module):
         self.dtype = dtype
         self.stateless = fires_by_itself(neuron)
         self.half_up = isinstance(neuron, IELIF)
+        self.half = torch.tensor(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Currents (or, if fused, counts) [T*B, ...] -> counts of the same shape."""
@@ -83,11 +85,23 @@ class CountNeuron(nn.Module):
         return wide if self.unit == 1 else wide * self.unit
 
     def fire(self, x: Tensor) -> Tensor:
-        """Counts of the currents `x`, in floating point, as is the membrane where there is one."""
+        """Counts of the currents `x`, in floating point, as is the membrane where there is one.
+
+        As few passes over memory as the neuron's own arithmetic allows, bit for bit.
+        """
         if not self.stateless:
             return self.neuron.counts(self.neuron(x))
+        if self.half_up and self.doubles:
+            levels = torch.add(self.half, x, alpha=self.neuron.gain).clamp_(0.5, self.levels + 0.5)
+            return levels if self.dtype is None else levels.floor_()  # uint8 cuts the rest off
         levels = self.neuron.charge(x, None).clamp(0, self.levels)
         return levels.add_(0.5).floor_() if self.half_up else levels.round_()
+
+    @property
+    def doubles(self) -> bool:
+        """True if the current only changes its exponent, so that multiplying it and adding one half round once."""
+        neuron = self.neuron
+        return isinstance(neuron.threshold, float) and neuron.threshold == 1.0 and math.frexp(neuron.gain)[0] == 0.5
 
     def counts(self, output: Tensor) -> Counts:
         """What `forward` gave -> counts."""
@@ -203,7 +217,7 @@ class IntegerConv(nn.Module):
 
     def runs_fast(self, counts: Tensor) -> bool:
         """True if the primitive may take these counts."""
-        return self.fast and counts.device.type == "cpu" and primitive_agrees()
+        return counts.device.type == "cpu" and self.fast and primitive_agrees()
 
     @property
     def fast(self) -> bool:
@@ -237,25 +251,30 @@ class IntegerConv(nn.Module):
 
     def primitive(self, counts: Counts) -> Tensor:
         """The same numbers from one call."""
+        run = self.prepared.get(counts.shape)
+        if run is None:
+            run = self.prepared[counts.shape] = self.prepare(counts.shape)
+        return run(counts)
+
+    def prepare(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        """`primitive` for inputs of `shape`, with the weights as oneDNN lays them out for that.
+
+        Prepared for another shape, weights are laid out anew in every call: up to 60 times slower (measured).
+        """
+        if len(self.prepared) == PREPARED_SHAPES:
+            self.prepared.clear()
         sums = bool(self.levels) and not self.emits
         scale, bias = (torch.ones_like(self.scale), torch.zeros_like(self.bias)) if sums else (self.scale, self.bias)
         end = (torch.uint8, "hardtanh", [0, self.levels]) if self.emits else (torch.float32, "none", [])
-        packed, moves = self._packed_for(counts.shape, scale), self.geometry.moves
-        ops, zero = torch.ops.onednn, torch.zeros(1, dtype=torch.int32)
-        y = ops.qconv2d_pointwise(counts, 1.0, 0, packed, scale, zero, bias, *moves, 1.0, 0, *end, None)
-        return self.crossed(y) if sums else y
+        moves, zero = self.geometry.moves, torch.zeros(1, dtype=torch.int32)
+        weight = torch.ops.onednn.qconv_prepack(self.weight.contiguous(), scale, 1.0, 0, *moves, shape)
+        run = torch.ops.onednn.qconv2d_pointwise.default
 
-    def _packed_for(self, shape: torch.Size, scale: Tensor) -> Tensor:
-        """The weights as the primitive lays them out for inputs of `shape`."""
-        packed = self.packed.get(shape)
-        if packed is None:
-            if len(self.packed) == PACKED_SHAPES:
-                self.packed.clear()
-            # Packed for another shape, weights are laid out anew in every call: up to 60 times slower (measured).
-            weight = self.weight.contiguous()
-            packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *self.geometry.moves, shape)
-            self.packed[shape] = packed
-        return packed
+        def primitive(counts: Tensor) -> Tensor:
+            y = run(counts, 1.0, 0, weight, scale, zero, bias, *moves, 1.0, 0, *end, None)
+            return self.crossed(y) if sums else y
+
+        return primitive
 
     def describe(self) -> dict:
         """Plain values that build an empty layer of these sizes."""
@@ -264,12 +283,12 @@ class IntegerConv(nn.Module):
 
     def _drop_cache(self) -> None:
         """Forget what was computed from the buffers."""
-        self.packed: dict[torch.Size, Tensor] = {}
+        self.prepared: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
         self._emits: bool | None = None
         self._largest: int | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"packed": {}}  # packed weights belong to this process and cannot be copied
+        return self.__dict__ | {"prepared": {}}  # prepared weights belong to this process and cannot be copied
 
     def _load_from_state_dict(self, *args) -> None:
         self._drop_cache()

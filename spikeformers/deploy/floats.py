@@ -5,6 +5,7 @@ oneDNN's float convolution, which for small layers is a third faster than asking
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from spikeformers.deploy.geometry import Geometry
 from spikeformers.quantize import PackedLayer
 
-PACKED_SHAPES = 4  # input shapes for which a layer keeps prepared weights
+PREPARED_SHAPES = 4  # input shapes for which a layer keeps prepared weights
 
 
 class FloatConv(nn.Module):
@@ -32,7 +33,7 @@ class FloatConv(nn.Module):
         if bits < 32:
             self.register_buffer("step", torch.ones(geometry.out_channels))
         self.register_buffer("bias", torch.zeros(geometry.out_channels))
-        self.packed: dict[torch.Size, Tensor] = {}
+        self.prepared: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
 
     @classmethod
     @torch.no_grad()
@@ -54,46 +55,38 @@ class FloatConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB O _ _"]:
         x = x.contiguous(memory_format=torch.channels_last)
-        if x.device.type == "cpu" and prepares_weights():
-            run = functools.partial(self.prepared, self._packed_for(x[:1].shape))
-        else:
+        if x.device.type != "cpu" or not prepares_weights():
             weight = self.float_weight()
-            run = lambda image: F.conv2d(image, weight, self.bias, *self.geometry.moves)  # noqa: E731
+            return torch.cat([F.conv2d(image, weight, self.bias, *self.geometry.moves) for image in x.split(1)])
+        run = self.prepared.get(x.shape[1:])
+        if run is None:
+            run = self.prepared[x.shape[1:]] = self.prepare(x.shape[1:])
         return run(x) if len(x) == 1 else torch.cat([run(image) for image in x.split(1)])
 
-    def prepared(self, packed: Tensor, image: Tensor) -> Tensor:
-        """One image through the convolution whose weights were prepared."""
+    def prepare(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+        """This layer for one image of `shape` [C, H, W], with its weights as oneDNN lays them out for that."""
+        if len(self.prepared) == PREPARED_SHAPES:
+            self.prepared.clear()
         stride, padding, dilation, groups = self.geometry.moves
-        return torch.ops.mkldnn._convolution_pointwise(
-            image, packed, self.bias, padding, stride, dilation, groups, "none", [], ""
-        )
-
-    def _packed_for(self, shape: torch.Size) -> Tensor:
-        """The weight as oneDNN lays it out for one image of `shape`."""
-        if shape not in self.packed:
-            if len(self.packed) == PACKED_SHAPES:
-                self.packed.clear()
-            stride, padding, dilation, groups = self.geometry.moves
-            with torch.inference_mode(False), torch.no_grad():
-                weight = self.float_weight().to_mkldnn()
-                self.packed[shape] = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    weight, padding, stride, dilation, groups, list(shape)
-                )
-        return self.packed[shape]
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = self.float_weight().to_mkldnn(), self.bias
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, padding, stride, dilation, groups, [1, *shape])
+        run = torch.ops.mkldnn._convolution_pointwise.default
+        return lambda image: run(image, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
     def describe(self) -> dict:
         """Plain values that build an empty layer of these sizes."""
         return {"geometry": self.geometry.describe(), "bits": self.bits}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"packed": {}}  # prepared weights belong to this process and cannot be copied
+        return self.__dict__ | {"prepared": {}}  # prepared weights belong to this process and cannot be copied
 
     def _load_from_state_dict(self, *args) -> None:
-        self.packed = {}
+        self.prepared = {}
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self.packed = {}
+        self.prepared = {}
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -128,7 +121,7 @@ def prepares_weights() -> bool:
     conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
     image = torch.randn(1, 6, 9, 9, generator=generator).contiguous(memory_format=torch.channels_last)
     try:
-        found = conv.prepared(conv._packed_for(image.shape), image)
+        found = conv.prepare(image.shape[1:])(image)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return torch.allclose(found, F.conv2d(image, conv.weight, conv.bias, padding=1), rtol=1e-4, atol=1e-5)

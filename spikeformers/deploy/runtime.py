@@ -21,6 +21,7 @@ from spikeformers.deploy.counts import LARGEST_COUNT, CountNeuron, IntegerConv, 
 from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.form import Factors, integer_form, unscale
 from spikeformers.deploy.geometry import Geometry
+from spikeformers.deploy.joint import JointAttention, joined
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
 from spikeformers.layers import LayerScaleBlock, TransformerBlock
@@ -44,6 +45,7 @@ class IntegerModel(nn.Module):
     readable path: equal in integer layers, but float ones round as CUDA does. That needs float64: no Apple GPU has it.
     `sf.record` does not hear an engine, whose neurons are mostly fused into layers; `compare` gives the flip rate of
     every neuron, the share of its counts that differ from the float network's.
+    `spike_fed`: names, in that network, of the layers that read spikes.
     `config`: of the catalogue's network that it came from, None if it came from another one.
     """
 
@@ -75,7 +77,7 @@ class IntegerModel(nn.Module):
             else:
                 continue
             size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-            layers.append(LayerReport(name, path, bits, name in self.spike_fed, runs, size))
+            layers.append(LayerReport(name, path, bits, path != "float", runs, size))
         return IntegerReport(tuple(layers))
 
     def compare(self, model: nn.Module, images: Tensor | Iterable) -> Agreement:
@@ -103,6 +105,8 @@ class IntegerModel(nn.Module):
                 yield [name, "neuron", module.describe()]
             elif isinstance(module, Factors):
                 yield [name, "factors", {"names": [part for part, _ in module.named_children()]}]
+            elif isinstance(module, JointAttention):
+                yield [name, "joint", module.describe()]
             elif isinstance(module, SSA):
                 yield [name, "attention", {"scale": module.scale}]
             elif type(module) is TransformerBlock:
@@ -136,11 +140,14 @@ def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None
             raise ValueError(f"{name} is no neuron of the network")
         dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[values["dtype"]]
         net.set_submodule(name, CountNeuron(neuron, fused=values["fused"], dtype=dtype, unit=values["unit"]))
-    elif kind == "attention":
+    elif kind in ("attention", "joint"):
         attention = net.get_submodule(name)
         if not isinstance(attention, SSA):
             raise ValueError(f"{name} is no attention with a scale")
         _set_scale(attention, values["scale"])
+        if kind == "joint":
+            whole = JointAttention(attention, projection=attention.q_conv, neuron=attention.q)
+            net.set_submodule(name, whole, strict=True)
     elif kind == "unscaled":
         block = net.get_submodule(name)
         if isinstance(block, LayerScaleBlock):
@@ -178,6 +185,7 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
         _swap_layers(net, modules, fed, fused, fast=fast)
         _swap_neurons(net, modules, wiring, fed, frozenset(fused.values()))
         _keep_counts_in_attention(modules, wiring)
+        _join_attention(net)
         config = getattr(getattr(model, "_orig_mod", model), "config", None)
         engine = IntegerModel(
             net.float().to(memory_format=torch.channels_last),
@@ -262,3 +270,11 @@ def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> 
             scale *= operand.unit
             operand.unit, operand.dtype = 1.0, torch.float32 if largest <= EXACT_FLOAT32 else torch.float64
         _set_scale(attention, scale)
+
+
+def _join_attention(net: nn.Module) -> None:
+    """Let attentions take q, k and v from one projection, where that can be."""
+    for name, attention in list(net.named_modules()):
+        whole = joined(attention) if isinstance(attention, SSA) else None
+        if whole is not None:
+            net.set_submodule(name, whole)

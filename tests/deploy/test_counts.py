@@ -182,7 +182,7 @@ def test_copies_keep_numbers_and_drop_packed_weights():
     torch.save(layer, stored)
     stored.seek(0)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(stored, weights_only=False)):
-        assert not twin.packed
+        assert not twin.prepared
         assert torch.equal(twin(counts), wanted)
     assert set(layer.state_dict()) == {"weight", "scale", "bias", "thresholds"}
 
@@ -199,7 +199,7 @@ def test_few_packed_copies_are_kept_however_many_shapes_come():
     layer = IntegerConv.of(conv(8, 8, 3), unit=1.0, max_count=4)
     for size in range(5, 15):
         layer(some_counts(1, 8, size))
-    assert len(layer.packed) <= engine.PACKED_SHAPES
+    assert len(layer.prepared) <= engine.PREPARED_SHAPES
 
 
 def test_spikes_that_arrive_as_floats_are_counted_first():

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from spikeformers.attention import SCALE, SDSA3
-from spikeformers.deploy import fuse, integer
+from spikeformers.deploy import fuse, integer, runtime
 from spikeformers.deploy.counts import CountNeuron, quantize_weight
 from spikeformers.deploy.form import integer_form
+from spikeformers.deploy.joint import JointAttention
 from spikeformers.energy.firing import record
 from spikeformers.neurons import set_steps, streaming
 
@@ -80,19 +81,19 @@ def test_layers_take_the_path_that_their_input_allows(small, images):
         "stage1a.block0.sep_conv.pw2": ("float", 32, False),
         "stage2.block0.channel_conv.conv1": ("fused", 8, True),
         "stage2.block0.channel_conv.conv2": ("int8", 8, True),
-        "stage3.block0.attn.q_conv.pw1": ("int8", 8, True),
-        "stage3.block0.attn.q_conv.dw": ("float", 32, False),
-        "stage3.block0.attn.q_conv.pw2": ("float", 32, False),
+        "stage3.block0.attn.qkv_conv.pw1": ("int8", 8, True),
+        "stage3.block0.attn.qkv_conv.dw": ("float", 32, False),
+        "stage3.block0.attn.qkv_conv.pw2": ("float", 32, False),
         "stage3.block0.attn.proj.pw1": ("int8", 8, True),
         "stage3.block0.mlp.conv1": ("fused", 8, True),
         "head": ("int8", 8, True),
     }
     for name, wanted in expected.items():
         assert (layers[name].path, layers[name].bits, layers[name].spike_fed) == wanted, name
-    assert sum(layer.path == "float" for layer in layers.values()) == 20  # stem, 3 x pw2, 8 x (dw, pw2)
+    assert sum(layer.path == "float" for layer in layers.values()) == 12  # stem, 3 x pw2, 4 x (dw, pw2)
     report = engine.report()
     assert report.weight_bytes == sum(tensor.numel() * tensor.element_size() for tensor in engine.state_dict().values())
-    assert "stage3.block0.attn.q_conv.pw1" in report.table()
+    assert "stage3.block0.attn.qkv_conv.pw1" in report.table()
     assert report.to_json()["weight_bytes"] == report.weight_bytes
 
 
@@ -103,20 +104,33 @@ def test_a_neuron_with_a_membrane_is_never_fused(small, images):
 def test_attention_multiplies_whole_counts(small, images):
     model = small("ni_lif", levels=3)  # thirds are no float32 numbers
     engine = integer(model, images)
-    for attention in (module for module in engine.modules() if isinstance(module, SDSA3)):
-        assert attention.scale == pytest.approx(SCALE / 27)
-        assert all(getattr(attention, name).unit == 1.0 for name in "qkv")
+    joint = [module for module in engine.modules() if isinstance(module, JointAttention)]
+    assert len(joint) == 2
+    assert all(attention.scale == pytest.approx(SCALE / 27) and attention.qkv.unit == 1.0 for attention in joint)
     assert all(module.scale == 0.125 for module in model.modules() if isinstance(module, SDSA3))
+
+
+def test_attention_with_one_projection_is_attention_with_three(small, images, monkeypatch):
+    models = [
+        small(neuron, steps, qkv=qkv) for neuron, steps in (("ie_lif", 1), ("lif", 2)) for qkv in ("rep_conv", "linear")
+    ]
+    joint = [integer(model, images)(images) for model in models]
+    monkeypatch.setattr(runtime, "joined", lambda attention: None)
+    for model, logits in zip(models, joint, strict=True):
+        engine = integer(model, images)
+        assert not any(isinstance(module, JointAttention) for module in engine.modules())
+        torch.testing.assert_close(engine(images), logits, rtol=0, atol=1e-6)  # grouped convolutions may add otherwise
 
 
 def test_attention_sums_beyond_float32_are_taken_in_float64(small, images):
     engine = integer(small("i_lif", levels=128), images)
-    assert all(module.q.dtype == torch.float64 for module in engine.modules() if isinstance(module, SDSA3))
+    joint = [module for module in engine.modules() if isinstance(module, JointAttention)]
+    assert [attention.qkv.dtype for attention in joint] == [torch.float64] * 2
 
 
 def test_a_fused_model_gives_an_engine_whose_rep_convs_are_dense_and_read_spikes(small, images):
     layers = {layer.name: layer for layer in integer(fuse(small("ie_lif")), images).report().layers}
-    assert layers["stage3.block0.attn.q_conv"].path == "fused"
+    assert layers["stage3.block0.attn.qkv_conv"].path == "fused"
     assert sum(layer.path == "float" for layer in layers.values()) == 4  # stem, 3 x pw2
 
 

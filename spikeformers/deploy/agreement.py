@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from spikeformers.deploy.counts import CountNeuron
+from spikeformers.deploy.counts import CountNeuron, to_uint8
 from spikeformers.deploy.joint import OPERANDS
 from spikeformers.energy.firing import record
 
@@ -102,6 +102,37 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         raise ValueError("no image to compare: the loader gave no batch")
     rates = {name: flips[name] / sizes[name] for name in sizes}
     return Agreement(total - len(different), total, tuple(different), tuple(flipped), rates, largest)
+
+
+@torch.no_grad()
+def compare_layers(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> dict[str, int]:
+    """Layers of the engine that fire, each given the counts that it is given in `model`; see `IntegerModel`."""
+    if model.training:
+        raise ValueError("compare_layers needs model.eval(): batch norm in train mode is another function")
+    places = dict(engine.net.named_modules())
+    pairs = {layer: neuron for layer, neuron in engine.fused.items() if layer in places}
+    wrong = dict.fromkeys(pairs, 0)
+    first = next(model.parameters())
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = (batch if isinstance(batch, Tensor) else batch[0]).to(first.device, first.dtype)
+        given: dict[str, Tensor] = {}
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: given.update({name: x[0]}))
+            for name in pairs
+        ]
+        try:
+            with record(model) as wanted:
+                model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, neuron in pairs.items():
+            layer = places[name]
+            counts = to_uint8((given[name] / layer.unit).round()).to(engine.device)
+            if counts.ndim == 4:
+                counts = counts.contiguous(memory_format=torch.channels_last)
+            wrong[name] += int((layer(counts) != wanted[neuron].to(engine.device)).sum())
+    return wrong
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spikeformers.attention import SSA
-from spikeformers.deploy.agreement import Agreement, IntegerReport, LayerReport, compare
+from spikeformers.deploy.agreement import Agreement, IntegerReport, LayerReport, compare, compare_layers
 from spikeformers.deploy.counts import LARGEST_COUNT, CountNeuron, IntegerConv, IntegerLinear, fires_by_itself
 from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.form import Factors, integer_form, unscale
@@ -46,13 +46,16 @@ class IntegerModel(nn.Module):
     `sf.record` does not hear an engine, whose neurons are mostly fused into layers; `compare` gives the flip rate of
     every neuron, the share of its counts that differ from the float network's.
     `spike_fed`: names, in that network, of the layers that read spikes.
+    `fused`: of those that a neuron follows at once, and that fire by themselves, the name of that neuron.
     `config`: of the catalogue's network that it came from, None if it came from another one.
     """
 
-    def __init__(self, net: nn.Module, *, spike_fed: frozenset[str], config: Any = None) -> None:
+    def __init__(
+        self, net: nn.Module, *, spike_fed: frozenset[str], fused: dict[str, str], config: Any = None
+    ) -> None:
         super().__init__()
         self.net = net
-        self.spike_fed = spike_fed
+        self.spike_fed, self.fused = spike_fed, fused
         self.config = config
         self.eval()
 
@@ -89,12 +92,21 @@ class IntegerModel(nn.Module):
         """
         return compare(self, model, images)
 
+    def compare_layers(self, model: nn.Module, images: Tensor | Iterable) -> dict[str, int]:
+        """How many counts differ in each layer that fires, if it is given the very counts that `model` gives it.
+
+        0 everywhere for a low-bit network in float64: what is left between the two is rounding in float layers. In
+        float32 the network itself may miss a threshold that a sum comes within 1e-7 of.
+        Raises ValueError if `model` is in train mode.
+        """
+        return compare_layers(self, model, images)
+
     def describe(self) -> dict[str, Any]:
         """Plain values from which `rebuild` makes this engine's modules again, without their tensors.
 
         "modules": [name, kind, values] of everything that replaced a module of the network, in order.
         """
-        return {"modules": list(self._described()), "spike_fed": sorted(self.spike_fed)}
+        return {"modules": list(self._described()), "spike_fed": sorted(self.spike_fed), "fused": self.fused}
 
     def _described(self) -> Iterator[list]:
         kind_of = {made: kind for kind, made in KINDS.items()}
@@ -123,7 +135,8 @@ class IntegerModel(nn.Module):
                 _place(net, name, kind, values)
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(f"the description of {name!r} ({kind!r}) does not fit the network: {error}") from error
-        return cls(net.float(), spike_fed=frozenset(description["spike_fed"]), config=config)
+        fed, fused = frozenset(description["spike_fed"]), dict(description["fused"])
+        return cls(net.float(), spike_fed=fed, fused=fused, config=config)
 
 
 def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None:
@@ -190,6 +203,7 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
         engine = IntegerModel(
             net.float().to(memory_format=torch.channels_last),
             spike_fed=frozenset(fed),
+            fused=fused,
             config=config if is_dataclass(config) else None,
         )
     if backend == "torch":

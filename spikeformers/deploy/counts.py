@@ -147,9 +147,13 @@ class IntegerConv(nn.Module):
         unit: float,
         max_count: int,
         neuron: Neuron | None = None,
+        norm: nn.Module | None = None,
         fast: bool = True,
     ) -> "IntegerConv":
-        """The integer form of `layer`, and of the neuron that alone reads it. Float weights are rounded to 8 bits."""
+        """The integer form of `layer`, and of the neuron that alone reads it. Float weights are rounded to 8 bits.
+
+        `norm`: one that rounds, between the two; where there is one, counts come from comparing sums with thresholds.
+        """
         weight, step, bits = integer_weight(layer)
         levels = 0 if neuron is None else neuron.levels
         made = cls(Geometry.of(layer), unit=unit, max_count=max_count, levels=levels, bits=bits, fast=fast)
@@ -160,7 +164,14 @@ class IntegerConv(nn.Module):
         made.bias.copy_(bias.double() * gain)
         if neuron is not None:
             value, shift = step.detach().double() * unit, bias.double()
-            made._threshold(lambda sums: neuron.counts(neuron(sums * value[:, None] + shift[:, None])))
+
+            def respond(sums: Tensor) -> Tensor:
+                currents = sums * value[:, None] + shift[:, None]
+                return neuron.counts(neuron(currents if norm is None else norm(currents.mT).mT))
+
+            falls = (norm.scale() < 0) ^ (value < 0) if norm is not None else value < 0
+            made.scale.copy_(torch.where(falls, -made.scale.abs(), made.scale.abs()))
+            made._threshold(respond)
         return made
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spikeformers.attention import Rectified
 from spikeformers.layers import LayerScaleBlock, RepConv, TransformerBlock, bn_affine, conv2d_from
-from spikeformers.quantize import LSQLayer, PackedLayer, convert
+from spikeformers.quantize import FixedPointNorm, LSQLayer, PackedLayer, convert
 
 
 @torch.no_grad()
@@ -52,21 +52,23 @@ def _collapse_below(parent: nn.Module) -> None:
     if type(parent) is nn.Sequential:
         for index in range(len(parent) - 1):
             layer, norm = parent[index], parent[index + 1]
-            if is_convolution(layer) and isinstance(norm, nn.BatchNorm2d):
+            if is_convolution(layer) and isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, FixedPointNorm):
                 parent[index], parent[index + 1] = absorbed(layer, *bn_affine(norm)), nn.Identity()
     if isinstance(parent, LayerScaleBlock):
         _fold_scales(parent)
 
 
 def collapsed(module: nn.Module) -> nn.Module | None:
-    """`module` without norms: one convolution, three for RepConv; None if it is neither of the layers that can."""
+    """`module` without norms: one convolution, three for RepConv; None if it is neither of the layers that can.
+
+    The norms of an exact network (`quantize.prepare(..., exact=True)`) round, so they stay.
+    """
+    if not hasattr(module, "norm_chain") or any(isinstance(each, FixedPointNorm) for each in module.modules()):
+        return None
     if isinstance(module, RepConv):
         return factors(module)
     if isinstance(module, Rectified):
-        inner = collapsed(module.projection)
-        return with_last(inner, *bn_affine(module.mprf))
-    if not hasattr(module, "norm_chain"):
-        return None
+        return with_last(collapsed(module.projection), *bn_affine(module.mprf))
     layer, norms = module.norm_chain()
     for holder, name in norms:
         norm = getattr(holder, name)

@@ -8,7 +8,7 @@ a channel (post-training), which changes some counts: `compare` says how many.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -22,10 +22,14 @@ from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.form import Factors, integer_form, unscale
 from spikeformers.deploy.geometry import Geometry
 from spikeformers.deploy.joint import JointAttention, joined
+from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
 from spikeformers.layers import LayerScaleBlock, TransformerBlock
-from spikeformers.neurons import Neuron
+from spikeformers.neurons import Door, Neuron
+from spikeformers.quantize import FixedPointNorm
+from spikeformers.quantize.convert import PackedDepthwise
+from spikeformers.quantize.exact import FixedPointDoor
 
 EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
 BACKENDS = ("torch", "openvino")
@@ -34,6 +38,7 @@ KINDS = {
     "integer_linear": IntegerLinear,
     "float_conv": FloatConv,
     "float_linear": FloatLinear,
+    "rounding": Rounding,
 }
 
 
@@ -50,9 +55,7 @@ class IntegerModel(nn.Module):
     `config`: of the catalogue's network that it came from, None if it came from another one.
     """
 
-    def __init__(
-        self, net: nn.Module, *, spike_fed: frozenset[str], fused: dict[str, str], config: Any = None
-    ) -> None:
+    def __init__(self, net: nn.Module, *, spike_fed: frozenset[str], fused: dict[str, str], config: Any = None) -> None:
         super().__init__()
         self.net = net
         self.spike_fed, self.fused = spike_fed, fused
@@ -123,6 +126,10 @@ class IntegerModel(nn.Module):
                 yield [name, "attention", {"scale": module.scale}]
             elif type(module) is TransformerBlock:
                 yield [name, "unscaled", {}]
+            elif type(module) is nn.Identity:
+                yield [name, "identity", {}]
+            elif isinstance(module, FixedPointDoor):
+                yield [name, "fixed_point_door", {}]
 
     @classmethod
     def rebuild(cls, net: nn.Module, description: dict[str, Any], *, config: Any = None) -> "IntegerModel":
@@ -142,8 +149,17 @@ class IntegerModel(nn.Module):
 def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None:
     """Put what `kind` and `values` describe into the place `name` of `net`."""
     if kind in KINDS:
-        sizes = {key: tuple(each) if isinstance(each, list) else each for key, each in values["geometry"].items()}
-        net.set_submodule(name, KINDS[kind](**values | {"geometry": Geometry(**sizes)}), strict=True)
+        if "geometry" in values:
+            sizes = {key: tuple(each) if isinstance(each, list) else each for key, each in values["geometry"].items()}
+            values = values | {"geometry": Geometry(**sizes)}
+        net.set_submodule(name, KINDS[kind](**values), strict=True)
+    elif kind == "identity":
+        net.set_submodule(name, nn.Identity(), strict=True)
+    elif kind == "fixed_point_door":
+        door = net.get_submodule(name)
+        if not isinstance(door, Door):
+            raise ValueError(f"{name} is no door")
+        door.__class__ = FixedPointDoor
     elif kind == "factors":
         places = OrderedDict((part, nn.Identity()) for part in values["names"])
         net.set_submodule(name, Factors(places), strict=True)
@@ -196,14 +212,14 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
             )
         fused = _fusible(modules, wiring, fed)
         _swap_layers(net, modules, fed, fused, fast=fast)
-        _swap_neurons(net, modules, wiring, fed, frozenset(fused.values()))
+        _swap_neurons(net, modules, wiring, fed, frozenset(firing.neuron for firing in fused.values()))
         _keep_counts_in_attention(modules, wiring)
         _join_attention(net)
         config = getattr(getattr(model, "_orig_mod", model), "config", None)
         engine = IntegerModel(
             net.float().to(memory_format=torch.channels_last),
             spike_fed=frozenset(fed),
-            fused=fused,
+            fused={name: firing.neuron for name, firing in fused.items()},
             config=config if is_dataclass(config) else None,
         )
     if backend == "torch":
@@ -230,33 +246,55 @@ def pads_with_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Mark]) -> dict[str, str]:
-    """Spike-fed layers whose output one neuron, and nothing else, reads: layer name -> neuron name."""
+@dataclass(frozen=True)
+class Firing:
+    """The neuron that alone reads a layer, and the norm between the two, if one is there that rounds."""
+
+    neuron: str
+    norm: str | None = None
+
+
+def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Mark]) -> dict[str, Firing]:
+    """Spike-fed layers whose output one neuron, and nothing else, reads."""
     fused = {}
     for name in fed:
-        readers = wiring.readers[name]
-        neuron = modules[readers[0]] if len(readers) == 1 and readers[0] != OTHER else None
-        if isinstance(neuron, Neuron) and fires_by_itself(neuron) and wiring.calls[readers[0]] == 1:
-            fused[name] = readers[0]
+        reader, norm = _only_reader(wiring, name), None
+        if isinstance(modules.get(reader), FixedPointNorm):
+            reader, norm = _only_reader(wiring, reader), reader
+        neuron = modules.get(reader)
+        if isinstance(neuron, Neuron) and fires_by_itself(neuron):
+            fused[name] = Firing(reader, norm)
     return fused
 
 
+def _only_reader(wiring: Wiring, name: str) -> str | None:
+    """The one module that reads what `name` wrote, and runs once; None if there are others."""
+    readers = wiring.readers[name]
+    return readers[0] if len(readers) == 1 and readers[0] != OTHER and wiring.calls[readers[0]] == 1 else None
+
+
 def _swap_layers(
-    net: nn.Module, modules: dict[str, nn.Module], fed: dict[str, Mark], fused: dict[str, str], *, fast: bool
+    net: nn.Module, modules: dict[str, nn.Module], fed: dict[str, Mark], fused: dict[str, Firing], *, fast: bool
 ) -> None:
-    """Integer layers for spike-fed ones, float layers image by image for the others."""
+    """Integer layers for spike-fed ones, float layers image by image for the others; norms that round."""
+    gone = {firing.norm for firing in fused.values()}
     for name, module in modules.items():
         if name in fed:
             kind = IntegerLinear if isinstance(module, nn.Linear) else IntegerConv
-            neuron = modules[fused[name]] if name in fused else None
-            mark = fed[name]
-            net.set_submodule(name, kind.of(module, unit=mark.unit, max_count=mark.most, neuron=neuron, fast=fast))
+            firing, mark = fused.get(name, Firing("")), fed[name]
+            neuron, norm = modules.get(firing.neuron or None), modules.get(firing.norm)
+            new = kind.of(module, unit=mark.unit, max_count=mark.most, neuron=neuron, norm=norm, fast=fast)
         elif is_layer(module):
-            if isinstance(module, nn.Linear):
-                new = FloatLinear.of(module)
-            else:
-                new = FloatConv.of(module) if pads_with_zeros(module) else PerImage(module)
-            net.set_submodule(name, new)
+            new = FloatLinear.of(module) if isinstance(module, nn.Linear) else FloatConv.of(module)
+            new = new if isinstance(module, nn.Linear) or pads_with_zeros(module) else PerImage(module)
+        elif isinstance(module, FixedPointNorm):
+            new = nn.Identity() if name in gone else Rounding.of(module)
+        else:
+            continue
+        if isinstance(module, PackedDepthwise):
+            rounding = Rounding(module.out_channels, grid=module.grid, limit=module.limit)
+            new = Factors(OrderedDict(conv=new, rounding=rounding))
+        net.set_submodule(name, new)
 
 
 def _swap_neurons(

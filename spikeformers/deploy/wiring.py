@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikeformers.energy.marks import Mark, SpikeMarks
 from spikeformers.neurons import Neuron
-from spikeformers.quantize import PackedLayer
+from spikeformers.quantize import FixedPointNorm, PackedLayer
 
 OTHER = ""  # a reader that is no watched module
 METADATA = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
@@ -77,11 +77,11 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def probe(model: nn.Module, images: Tensor) -> Wiring:
-    """Run `model(images)` once and tell who fed whom among its neurons, Conv2d and Linear layers."""
+    """Run `model(images)` once and tell who fed whom among its neurons, layers and norms that round."""
     marks = SpikeMarks()
     watch, handles = _Watch(marks), []
     for name, module in model.named_modules():
-        if isinstance(module, Neuron) or is_layer(module):
+        if isinstance(module, Neuron | FixedPointNorm) or is_layer(module):
             before = module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs), with_kwargs=True
             )

@@ -6,6 +6,7 @@ that a layer gives exactly the counts that the network gives from the same input
 a channel (post-training), which changes some counts: `compare` says how many.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -31,6 +32,7 @@ from spikeformers.quantize import FixedPointNorm
 from spikeformers.quantize.convert import PackedDepthwise
 from spikeformers.quantize.exact import FixedPointDoor
 
+logger = logging.getLogger(__name__)
 EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
 BACKENDS = ("torch", "openvino")
 KINDS = {
@@ -222,6 +224,8 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
             fused={name: firing.neuron for name, firing in fused.items()},
             config=config if is_dataclass(config) else None,
         )
+    if fast:
+        _say_what_is_slow(engine)
     if backend == "torch":
         return engine
     from spikeformers.deploy.openvino import OpenVINOModel
@@ -330,3 +334,14 @@ def _join_attention(net: nn.Module) -> None:
         whole = joined(attention) if isinstance(attention, SSA) else None
         if whole is not None:
             net.set_submodule(name, whole)
+
+
+def _say_what_is_slow(engine: IntegerModel) -> None:
+    """Log, once for an engine, which layers no primitive may run."""
+    layers = {name: each for name, each in engine.net.named_modules() if isinstance(each, IntegerConv)}
+    if slow := [name for name, each in layers.items() if not each.fast]:
+        logger.warning(
+            "%d of %d integer layers take the readable path, whose sums some CPUs would saturate in 16 bits; first: %s "
+            "(counts up to %d)",
+            *(len(slow), len(layers), slow[0], layers[slow[0]].max_count),
+        )

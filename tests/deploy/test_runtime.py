@@ -97,6 +97,16 @@ def test_layers_take_the_path_that_their_input_allows(small, images):
     assert report.to_json()["weight_bytes"] == report.weight_bytes
 
 
+def test_layers_that_could_saturate_are_named_in_one_line_of_the_log(small, images, caplog):
+    integer(small("i_lif", levels=130), images)
+    assert [record.message.split(";")[0].split(",")[0] for record in caplog.records] == [
+        "25 of 25 integer layers take the readable path"
+    ]
+    caplog.clear()
+    integer(small("i_lif", levels=129), images)
+    assert not caplog.records
+
+
 def test_a_neuron_with_a_membrane_is_never_fused(small, images):
     assert not any(layer.path == "fused" for layer in integer(small("lif", 4), images).report().layers)
 

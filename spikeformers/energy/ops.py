@@ -2,9 +2,8 @@
 
 Paper: Meta-SpikeFormer, Eqs. 21-22 (MACs of convolution and linear layer), Table 6 and App. B (attention); Spikformer
 V2, Table 1, whose "OPs" of products of real numbers are two to a MAC (everywhere else it counts one).
-A layer is fed by spikes if its input is a neuron's output, or is made of such outputs by moving, adding, multiplying or
-max-pooling them, or by taking them from a number that they cannot exceed (IAND): then it is still counts, from 0 up,
-times one unit. Anything else, an average for example, is real numbers.
+A layer is fed by spikes if its input is a neuron's output or made of such outputs so that it is still counts, from 0
+up, times one unit (marks.py).
 The rate of a layer is the mean count of its input (for binary spikes the share of non-zeros that the paper names).
 Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear and the products of every attention of spikeformers.attention. Batch
 norms fold into layers; biases, softmax and scales are free.
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikeformers.attention import SDSA1, SDSA2, SSA, VSA, IdentityMap
 from spikeformers.energy.firing import neurons_of, plain_name
-from spikeformers.energy.marks import Mark, SpikeMarks
+from spikeformers.energy.marks import Mark, SpikeMarks, row_means, sparser
 from spikeformers.layers import RepConv, SepConv
 from spikeformers.neurons import Neuron, temporal_modules
 
@@ -68,30 +66,33 @@ COMPOSED = {  # class -> kind, name of the composed operation inside the module,
 }
 
 
-def trace(model: nn.Module, images: Tensor) -> Trace:
+def trace(model: nn.Module, images: Tensor, *, marks: SpikeMarks | None = None) -> Trace:
     """Run `model(images)` once, without gradients, and count. A model without neurons is an ANN: it fires nothing.
 
+    `marks`: who follows the spikes, and sees every function; without, a SpikeMarks.
     Raises ValueError if the model has neither neurons nor a layer to count, or if it has neurons and none of them ran.
     """
-    tracer = _Tracer(model)
+    tracer = _Tracer(model, SpikeMarks() if marks is None else marks)
     try:
         # The version counter of a tensor, which tells that a mark is stale, needs inference mode off.
         with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad(), tracer.marks:
             model(images)
     finally:
         tracer.remove()
-    return tracer.result()
+    if marks is None and not tracer.totals and not tracer.operations and not neurons_of(model):
+        name = type(model).__name__
+        raise ValueError(f"{name} has nothing to count: no spiking neuron, convolution, linear layer or attention")
+    return tracer.result(rows=len(images))
 
 
 class _Tracer:
     """Hooks on one model. Until `result`, operations hold totals over the pass, and rates one value a row [T*B]."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, marks: SpikeMarks) -> None:
         self.model = model
-        self.marks = SpikeMarks()
+        self.marks = marks
         self.operations: list[Operation] = []
         self.layers: dict[str, nn.Module] = {}
-        self.by_tensor = WeakTensorKeyDictionary()  # mean count of each row, of the neurons' outputs
         self.operands: dict[str, Tensor] = {}  # what an attention will multiply, by name of the module that gave it
         self.totals: list[tuple[Neuron, Tensor, int]] = []
         self.opened: list[int] = []
@@ -116,25 +117,23 @@ class _Tracer:
             self.add(module, name, self.on_attention)
 
     def add(self, module: nn.Module, name: str, listener: Callable) -> None:
-        self.handles.append(module.register_forward_hook(lambda *call: listener(name, *call)))
+        def hook(*call) -> None:
+            self.marks.aside = True  # what is computed to count is no part of the pass
+            listener(name, *call)
+            self.marks.aside = False
+
+        self.handles.append(module.register_forward_hook(hook))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def on_neuron(self, name: str, neuron: Neuron, _, spikes: Tensor) -> None:
-        self.marks.put(spikes, Mark(neuron.unit, neuron.levels))
-        self.by_tensor[spikes] = means = _row_means(spikes, neuron.unit)
+        means = self.marks.fired(spikes, Mark(neuron.unit, neuron.levels))
         self.totals.append((neuron, means, spikes[:1].numel()))
 
     def on_operand(self, name: str, _, __, output: Tensor) -> None:
         self.operands[name] = output
-
-    def rates(self, x: Tensor) -> Tensor | None:
-        """Mean count of each row of `x`, None if it does not hold spikes."""
-        mark = self.marks.of(x)
-        known = None if mark is None else self.by_tensor.get(x)
-        return _row_means(x, mark.unit) if known is None and mark is not None else known
 
     def on_layer(self, name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         (x,) = inputs[:1]
@@ -144,7 +143,7 @@ class _Tracer:
             kind, macs = "conv", x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
         else:
             kind, macs = "conv", output.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        self.operations.append(Operation(name, kind, macs, macs, self.rates(x), steps=x.shape[0]))
+        self.operations.append(Operation(name, kind, macs, macs, self.marks.rates(x), steps=x.shape[0]))
 
     def on_composed(self, name: str, module: nn.Module, _, output: Tensor, kind: str, own: str, members: tuple) -> None:
         """Replace the convolutions of a module by one operation that has them as parts."""
@@ -165,7 +164,7 @@ class _Tracer:
     def on_attention(self, name: str, module: nn.Module, _, __) -> None:
         """Insert the products of Q, K, V in front of the projection."""
         operands = {key: self.operands.pop(_inside(name, key)) for key in module.operands}
-        rates = {key: self.rates(operand) for key, operand in operands.items()}
+        rates = {key: self.marks.rates(operand) for key, operand in operands.items()}
         kind, count = next(found for kind, found in ATTENTION.items() if isinstance(module, kind))
         table6, products = count(module, operands, rates)
         rows = operands["q"].shape[0]
@@ -179,19 +178,16 @@ class _Tracer:
         whole = Operation(_inside(name, "products"), kind, macs, table6, total, rows, parts)
         self.operations.insert(place, whole)
 
-    def result(self) -> Trace:
-        """Everything per image and time step."""
+    def result(self, *, rows: int) -> Trace:
+        """Everything per image and time step. `rows`: of the input, where no layer tells how many there are."""
         steps = max((module.steps for module in temporal_modules(self.model).values()), default=1)
         if self.totals:
             first, means, _ = self.totals[0]
             images = len(means) // first.steps
         elif neurons_of(self.model):
             raise ValueError("no neuron of the model ran in its forward pass: there is no spike to count")
-        elif not self.operations:
-            name = type(self.model).__name__
-            raise ValueError(f"{name} has nothing to count: no spiking neuron, convolution, linear layer or attention")
-        else:
-            images = self.operations[0].steps // steps  # an ANN: rows of the layer that reads the image
+        else:  # an ANN: rows of the layer that reads the image
+            images = (self.operations[0].steps if self.operations else rows) // steps
         spikes, sites = torch.zeros(images, dtype=torch.float64), 0
         for neuron, mean, elements in self.totals:
             spikes = spikes + _per_image(mean, images) * (elements * len(mean) / images)
@@ -203,14 +199,6 @@ class _Tracer:
 def _inside(name: str, child: str) -> str:
     """Name of a child of the module `name`; the model itself has the name ""."""
     return f"{name}.{child}".strip(".")
-
-
-def _row_means(spikes: Tensor, unit: float) -> Tensor:
-    """Mean count of each row of spikes [T*B, ...], [T*B] in float64 on the CPU."""
-    half = spikes.dtype in (torch.float16, torch.bfloat16)
-    total = spikes.flatten(1).sum(1, dtype=torch.float32 if half else None)
-    total = (total if total.is_meta else total.cpu()).double()  # off the device: Apple's has no float64
-    return (total / unit).round() / max(1, spikes[:1].numel())  # a sum of counts is whole whatever the unit
 
 
 def _per_image(rows: Tensor, images: int) -> Tensor:
@@ -240,17 +228,11 @@ Products = tuple[int, list[tuple[str, int, Tensor | None]]]
 """MACs after Table 6, and (name, MACs, rate of each row) of every product as executed."""
 
 
-def _sparser(*rates: Tensor | None) -> Tensor | None:
-    """Rate of a product: its sparser side says what is added; None, so multiplied, if neither side is spikes."""
-    known = [rate for rate in rates if rate is not None]
-    return torch.stack(known).amin(0) if known else None
-
-
 def _sdsa1(module: SDSA1, operands: dict[str, Tensor], rates: Rates) -> Products:
     """A mask (free) and a sum over tokens of K * V: N C additions where both fire."""
-    elements, both = operands["q"].numel(), _sparser(rates["k"], rates["v"])
+    elements, both = operands["q"].numel(), sparser(rates["k"], rates["v"])
     if rates["k"] is not None and rates["v"] is not None:
-        both = _row_means(operands["k"] * operands["v"], module.k.unit * module.v.unit)
+        both = row_means(operands["k"] * operands["v"], module.k.unit * module.v.unit)
     return elements, [("sum_kv", elements, both)]
 
 
@@ -271,8 +253,8 @@ def _ssa(module: SSA, operands: dict[str, Tensor], rates: Rates) -> Products:
         macs, names, pair, last = rows * tokens * channels * width, ("k^T v", "q (k^T v)"), ("k", "v"), "q"
     else:
         macs, names, pair, last = rows * tokens * tokens * channels, ("q k^T", "(q k^T) v"), ("q", "k"), "v"
-    sparser = _sparser(rates[pair[0]], rates[pair[1]])
-    return rows * tokens * channels**2, [(names[0], macs, sparser), (names[1], macs, rates[last])]
+    first = sparser(rates[pair[0]], rates[pair[1]])
+    return rows * tokens * channels**2, [(names[0], macs, first), (names[1], macs, rates[last])]
 
 
 def _mapped(module: IdentityMap | VSA, operands: dict[str, Tensor], rates: Rates) -> Products:
@@ -282,7 +264,7 @@ def _mapped(module: IdentityMap | VSA, operands: dict[str, Tensor], rates: Rates
     """
     rows, channels, *pixels = operands["q"].shape
     macs = rows * math.prod(pixels) ** 2 * channels
-    return 2 * macs, [("q k^T", macs, _sparser(rates["q"], rates["k"])), ("map v", macs, rates["v"])]
+    return 2 * macs, [("q k^T", macs, sparser(rates["q"], rates["k"])), ("map v", macs, rates["v"])]
 
 
 ATTENTION = {  # class -> kind of the operation, function that counts; subclasses differ in what the operands are

@@ -183,13 +183,13 @@ def measure(
     """
     rules = conventions.get(convention)
     tally = _Tally(rules)
-    with _evaluating(model):
-        for batch in _batches(images):
-            tally.add(trace(model, _placed(batch, model)))
+    with evaluating(model):
+        for batch in batches_of(images):
+            tally.add(trace(model, placed(batch, model)))
     return tally.report()
 
 
-def _batches(images: Tensor | Iterable) -> Iterator[Tensor]:
+def batches_of(images: Tensor | Iterable) -> Iterator[Tensor]:
     """The images of every batch."""
     for batch in (images,) if isinstance(images, Tensor) else images:
         found = batch[0] if isinstance(batch, list | tuple) else batch
@@ -202,14 +202,14 @@ def _batches(images: Tensor | Iterable) -> Iterator[Tensor]:
         yield found
 
 
-def _placed(images: Tensor, model: nn.Module) -> Tensor:
+def placed(images: Tensor, model: nn.Module) -> Tensor:
     """Images on the device and in the precision of the model."""
     first = next(model.parameters(), None)
     return images if first is None else images.to(first.device, first.dtype)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

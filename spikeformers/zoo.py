@@ -144,7 +144,8 @@ def _requantize(model: nn.Module, stored: dict[str, Any] | None, *, where: Path)
         plain(model)
         return
     try:
-        prepare(model, bits=stored["bits"], per_channel=stored["per_channel"], offset=stored["offset"])
+        options = {name: stored[name] for name in ("bits", "per_channel", "offset")}
+        prepare(model, **options, exact=stored.get("exact", False))  # named only where it is so
         if stored["converted"]:
             convert(model)
         if stored["folded"]:

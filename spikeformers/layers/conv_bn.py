@@ -11,9 +11,22 @@ NormChain = tuple[nn.Module, tuple[tuple[nn.Module, str], ...]]
 
 
 def bn_affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift."""
+    """Scale and shift per channel that `bn` applies in eval mode: y = scale * x + shift.
+
+    Raises ValueError for a norm that also rounds (`quantize.prepare(..., exact=True)`).
+    """
+    if hasattr(bn, "of_zero"):
+        raise ValueError(
+            f"a {type(bn).__name__} rounds what it gives, so it is no scale and shift and merges into no layer: "
+            "networks prepared with exact=True run as they are"
+        )
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
+
+
+def bn_of_zero(bn: nn.Module) -> Float[Tensor, " C"]:
+    """What `bn` makes of a zero in eval mode; a norm that rounds says so itself."""
+    return bn.of_zero() if hasattr(bn, "of_zero") else bn_affine(bn)[1]
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -5,19 +5,19 @@ border - depthwise 3x3 - 1x1 - BN - BN, in series. (Ding et al.'s RepVGG has par
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikeformers.layers.conv_bn import NormChain, bn_affine, conv2d_from, merge_conv_bn, weight_of
+from spikeformers.layers.conv_bn import NormChain, bn_affine, bn_of_zero, conv2d_from, merge_conv_bn, weight_of
 
 
-def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.BatchNorm2d) -> Tensor:
+def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.Module) -> Tensor:
     """Pad by one pixel with what `bn` makes of a zero input, so that a padded 1x1 - BN - 3x3 merges exactly.
 
     The border takes the running statistics, also in train mode (already updated by this forward), and no gradient.
     """
-    _, response = bn_affine(bn)
+    response = bn_of_zero(bn)
     frame = 1 - F.pad(x.new_ones(1, 1, x.shape[2], x.shape[3]), (1, 1, 1, 1))
     # Adding 0 inside keeps the interior bit for bit; one fused pass, and no in-place write for export to undo.
     return F.pad(x, (1, 1, 1, 1)) + frame * response.detach().to(x.dtype).view(1, -1, 1, 1)
@@ -35,7 +35,7 @@ class RepConv(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.bn3 = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB O H W"]:
+    def forward(self, x: Real[Tensor, "TB C H W"]) -> Float[Tensor, "TB O H W"]:
         x = pad_with_bn_of_zero(self.bn1(self.pw1(x)), self.bn1)
         return self.bn3(self.bn2(self.pw2(self.dw(x))))
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikeformers.layers import NormChain, bn_affine
+from spikeformers.quantize.bounds import exact_bits
+from spikeformers.quantize.exact import NORMS, ExactDepthwise, FixedPointNorm, fixed_point
 from spikeformers.quantize.lsq import LSQLayer, integer_range
 
 
@@ -58,6 +60,14 @@ class PackedLayer(nn.Module):
         self.register_buffer("alpha", alpha)
         self.register_buffer("offset", offset)
         self.unpacked: Tensor | None = None
+
+    def step(self) -> Float[Tensor, " A"]:
+        """The step sizes, `alpha`."""
+        return self.alpha
+
+    def quantized_bias(self) -> Tensor | None:
+        """The bias that the layer adds."""
+        return self.bias
 
     def integers(self) -> Int8[Tensor, " O *rest"]:
         """The weight in units of its step sizes, Qn..Qp."""
@@ -113,6 +123,16 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O _ _"]:
         return self._conv_forward(x, self.quantized_weight(), self.bias)
+
+
+class PackedDepthwise(PackedConv2d):
+    """A packed `ExactDepthwise`, which see."""
+
+    grid: float
+    limit: float
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C _ _"]:
+        return fixed_point(super().forward(x), grid=self.grid, limit=self.limit)
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -182,7 +202,9 @@ def convert(model: nn.Module) -> nn.Module:
     Quantised weights become packed integers and step sizes, batch norms one scale and one shift per channel. Every
     prediction stays, on a CPU in 32 or 64 bits bit for bit (but borders of RepConv, and norms of maps that are neither
     contiguous nor channels-last, round otherwise). The float weights are gone: keep a copy of what should train on.
-    Raises ValueError if no layer is quantised, a step size is zero or a weight not finite; nothing is changed then.
+    An exact network stays exact, in all of it.
+    Raises ValueError if no layer is quantised, a step size is zero, a weight not finite, or an exact network's sums may
+    pass 24 bits; nothing is changed then.
     """
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, LSQLayer)]
     if not layers and any(isinstance(each, PackedLayer) for each in model.modules()):
@@ -193,25 +215,48 @@ def convert(model: nn.Module) -> nn.Module:
         if not bool(layer.quantized_weight().isfinite().all() & (layer.alpha != 0).all()):
             who = name or type(layer).__name__
             raise ValueError(f"{who} has a step size of zero or weights that are not finite, so these have no integers")
+    if any(isinstance(module, FixedPointNorm) for module in model.modules()):
+        exact_bits(model)
     for _, layer in layers:
-        packed = pack(layer.integers(), bits=layer.bits)
-        bits, shape, alpha = layer.bits, tuple(layer.weight.shape), layer.alpha.detach()
-        offset = None if layer.offset is None else layer.offset.detach()
-        layer.release()
-        layer.__class__ = PACKED_OF[type(layer)]
-        layer.attach(bits=bits, shape=shape, packed=packed, alpha=alpha, offset=offset)
+        _pack_layer(layer)
     for module in model.modules():
-        norm = _norm_of(module)
-        if norm is not None and module.running_mean is not None:
+        norm = norm_of(module)
+        if isinstance(module, FixedPointNorm):
+            scale, shift = module.scale(), module.shift()
+            _, module.__class__ = NORMS[norm]
+            module.attach(scale=scale, shift=shift)
+        elif norm is not None and module.running_mean is not None:
             module.__class__ = AFFINE_OF[norm]
             module.attach()
     _record(model, "converted")
     return model.eval()
 
 
-def _norm_of(module: nn.Module) -> type[nn.Module] | None:
-    """The batch norm of torch that `module` computes as; a norm with a `forward` of its own may do more."""
-    return next((norm for norm in AFFINE_OF if isinstance(module, norm) and type(module).forward is norm.forward), None)
+def _pack_layer(layer: nn.Module) -> None:
+    """Turn one layer into the packed one that computes the same."""
+    packed = pack(layer.integers(), bits=layer.bits)
+    bits, shape, alpha = layer.bits, tuple(layer.weight.shape), layer.step().detach()
+    offset = None if layer.offset is None else layer.offset.detach()
+    bias, rounds = layer.quantized_bias(), (layer.grid, layer.limit) if isinstance(layer, ExactDepthwise) else None
+    layer.release()
+    if bias is not layer.bias:
+        layer.bias = nn.Parameter(bias.detach())
+    if rounds is None:
+        layer.__class__ = PACKED_OF[type(layer)]
+    else:
+        layer.__class__ = PackedDepthwise
+        layer.grid, layer.limit = rounds
+    layer.attach(bits=bits, shape=shape, packed=packed, alpha=alpha, offset=offset)
+
+
+def norm_of(module: nn.Module) -> type[nn.Module] | None:
+    """The batch norm of torch that `module` computes as, or rounded is; one with another `forward` may do more."""
+    kinds = (norm for norm in AFFINE_OF if isinstance(module, norm))
+    return next((norm for norm in kinds if _computes_as(module, norm)), None)
+
+
+def _computes_as(module: nn.Module, norm: type[nn.Module]) -> bool:
+    return type(module).forward is norm.forward or isinstance(module, FixedPointNorm)
 
 
 def _record(model: nn.Module, event: str) -> None:
@@ -239,8 +284,10 @@ def fold(model: nn.Module) -> nn.Module:
 
     alpha' = scale alpha, bias' = scale bias + shift: integer weights stay, an MPRF costs nothing (App. D, Eqs. 25-26).
     Exact up to rounding: in float64, spikes equal and logits within 1e-12.
-    Raises ValueError if `model` has not been converted.
+    Raises ValueError if `model` has not been converted, or is exact: rounding stands between its layers and norms.
     """
+    if any(isinstance(each, FixedPointNorm) for each in model.modules()):
+        raise ValueError("an exact network's norms round what they give, so they fold into no layer: leave fold out")
     if not any(isinstance(each, PackedLayer) for each in model.modules()):
         raise ValueError("nothing to fold into: call quantize.convert first")
     for module in list(model.modules()):

@@ -106,14 +106,22 @@ class LSQLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight that the layer multiplies by."""
-        return fake_quantize(self.weight, self.alpha, self.offset, bits=self.bits)
+        return fake_quantize(self.weight, self.step(), self.offset, bits=self.bits)
+
+    def quantized_bias(self) -> Tensor | None:
+        """The bias that the layer adds: here the float one."""
+        return self.bias
+
+    def step(self) -> Float[Tensor, " A"]:
+        """The step sizes in use: here `alpha` itself."""
+        return self.alpha
 
     @torch.no_grad()
     def integers(self) -> Int8[Tensor, " O *rest"]:
         """The weight in units of its step sizes, Qn..Qp."""
         shape = (-1, *[1] * (self.weight.ndim - 1))
         offset = None if self.offset is None else self.offset.view(shape)
-        units = _units(self.weight, self.alpha.view(shape), offset)
+        units = _units(self.weight, self.step().view(shape), offset)
         return units.clamp(*integer_range(self.bits)).round().to(torch.int8)
 
     def release(self) -> None:
@@ -152,7 +160,7 @@ class LSQConv1d(LSQLayer, nn.Conv1d):
     plain = nn.Conv1d
 
     def forward(self, x: Float[Tensor, "B C N"]) -> Float[Tensor, "B O M"]:
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+        return self._conv_forward(x, self.quantized_weight(), self.quantized_bias())
 
 
 class LSQConv2d(LSQLayer, nn.Conv2d):
@@ -161,7 +169,7 @@ class LSQConv2d(LSQLayer, nn.Conv2d):
     plain = nn.Conv2d
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O _ _"]:
-        return self._conv_forward(x, self.quantized_weight(), self.bias)
+        return self._conv_forward(x, self.quantized_weight(), self.quantized_bias())
 
 
 class LSQLinear(LSQLayer, nn.Linear):
@@ -170,7 +178,7 @@ class LSQLinear(LSQLayer, nn.Linear):
     plain = nn.Linear
 
     def forward(self, x: Float[Tensor, " *batch C"]) -> Float[Tensor, " *batch O"]:
-        return F.linear(x, self.quantized_weight(), self.bias)
+        return F.linear(x, self.quantized_weight(), self.quantized_bias())
 
 
 LSQ_OF: dict[type[nn.Module], type[LSQLayer]] = {each.plain: each for each in (LSQConv1d, LSQConv2d, LSQLinear)}

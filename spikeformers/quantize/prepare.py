@@ -4,6 +4,7 @@ Paper: QSD-Transformer, Sec. 3 ("performed for all weight layers") and Fig. 2 (a
 Layers change their class and keep their names and weights, so a model has one definition, quantised or not.
 """
 
+import copy
 import fnmatch
 from collections.abc import Iterator, Mapping
 
@@ -11,15 +12,19 @@ import torch
 from torch import nn
 
 from spikeformers.layers import Pretrained, low_bit_layers
-from spikeformers.neurons import closest
-from spikeformers.quantize.convert import ChannelAffine, PackedLayer
+from spikeformers.neurons import Door, closest
+from spikeformers.quantize.bounds import exact_bits
+from spikeformers.quantize.convert import ChannelAffine, PackedLayer, norm_of
+from spikeformers.quantize.exact import EXACT_OF, NORMS, ExactDepthwise, FixedPointDoor, FixedPointNorm
 from spikeformers.quantize.lsq import LSQ_OF, LSQLayer, integer_range
 
 ROLES = ("attention", "conv", "linear", "first", "last")
 Bits = int | Mapping[str, int | None]
 
 
-def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offset: bool = False) -> nn.Module:
+def prepare(
+    model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offset: bool = False, exact: bool = False
+) -> nn.Module:
     """Quantise the weights of convolutions (1-D, 2-D) and linear layers to 2..8 bits by LSQ, in place; returns `model`.
 
     `bits`: one number for all layers, or a dict. Its keys are names of layers as shell patterns ("stage3.*.attn.*"),
@@ -28,9 +33,10 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     in this order win, and among patterns the first that fits. None keeps a layer in float, as does being named by no
     key, and being of a class derived from torch's (parametrised layers are).
     `per_channel`: a step size for each output channel, else one a layer.  `offset`: a learned one as well (LSQ+).
+    `exact`: all else becomes fixed-point numbers too (quantize/exact.py), so that `model.eval()` is exact in float32.
     A model that is quantised already is quantised anew, its step sizes computed again from its float weights.
-    Raises ValueError for bits outside 2..8, a key that fits no layer, or a model without such layers or whose float
-    weights are gone; nothing is changed then.
+    Raises ValueError for bits outside 2..8, a key that fits no layer, a model without such layers or whose float
+    weights are gone, or one that cannot be exact; nothing is changed then.
     """
     layers = list(quantizable(model))
     if not layers:
@@ -40,17 +46,65 @@ def prepare(model: nn.Module, *, bits: Bits = 4, per_channel: bool = True, offse
     chosen = chosen_bits(layers, bits)
     if all(width is None for width in chosen):
         raise ValueError(f"bits={bits!r} leaves every layer in float: name one that has 2 to 8 bits")
-    for (_, layer, _), width in zip(layers, chosen, strict=True):
+    if exact:
+        _check_exact(model, layers, chosen, offset=offset)
+        trial = copy.deepcopy(model)
+        _change(trial, chosen, per_channel=per_channel, offset=offset, exact=True)
+        exact_bits(trial, any_weights=True)
+    _change(model, chosen, per_channel=per_channel, offset=offset, exact=exact)
+    told = {"bits": dict(bits) if isinstance(bits, Mapping) else bits, "per_channel": per_channel, "offset": offset}
+    told |= {"exact": True} if exact else {}
+    model.quantization = told | {"converted": False, "folded": False, "layers": low_bit_layers(model)}
+    return model
+
+
+def _change(model: nn.Module, chosen: list[int | None], *, per_channel: bool, offset: bool, exact: bool) -> None:
+    """Swap the classes of `model`'s layers, of those that have `chosen` bits, and, if `exact`, of norms and doors."""
+    for (_, layer, _), width in zip(list(quantizable(model)), chosen, strict=True):
         if isinstance(layer, LSQLayer):
             layer.release()
         if width is not None:
-            layer.__class__ = LSQ_OF[type(layer)]
+            layer.__class__ = _class_of(layer, exact=exact)
             layer.attach(bits=width, per_channel=per_channel, offset=offset)
+    for module in model.modules():
+        if isinstance(module, FixedPointNorm):
+            module.__class__ = norm_of(module)
+        if isinstance(module, FixedPointDoor):
+            module.__class__ = Door
+        norm = norm_of(module)
+        if exact and norm is not None:
+            module.__class__, _ = NORMS[norm]
+            module.attach()
+        if exact and type(module) is Door:
+            module.__class__ = FixedPointDoor
     _keep_to_forward(model)
     _forget(model)
-    told = {"bits": dict(bits) if isinstance(bits, Mapping) else bits, "per_channel": per_channel, "offset": offset}
-    model.quantization = told | {"converted": False, "folded": False, "layers": low_bit_layers(model)}
-    return model
+
+
+def _class_of(layer: nn.Module, *, exact: bool) -> type[LSQLayer]:
+    if not exact:
+        return LSQ_OF[type(layer)]
+    depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+    return ExactDepthwise if depthwise else EXACT_OF[type(layer)]
+
+
+def _check_exact(
+    model: nn.Module, layers: list[tuple[str, nn.Module, str]], chosen: list[int | None], *, offset: bool
+) -> None:
+    """Raises ValueError for what training would make no power of two; the rest is for `exact_bits` to find."""
+    if offset:
+        raise ValueError("exact=True has powers of two for step sizes and no room for an offset: leave offset=True out")
+    for (name, _, _), width in zip(layers, chosen, strict=True):
+        if width is None:
+            raise ValueError(f"exact=True needs few bits in every layer, and {name} stays in float: give it 2 to 8")
+    swapped = {layer for _, layer, _ in layers}
+    for name, module in model.named_modules():
+        own = [] if module in swapped or norm_of(module) else list(module.named_parameters(recurse=False))
+        if own:
+            raise ValueError(
+                f"exact=True cannot keep {name}.{own[0][0]} of {type(module).__name__} a power of two: it is learned; "
+                'build the network without it (layer_scale=0.0, attention="sdsa3", attention="ssa")'
+            )
 
 
 def _keep_to_forward(model: nn.Module) -> None:
@@ -71,7 +125,13 @@ def plain(model: nn.Module) -> nn.Module:
 
     Predictions stay. After `convert` batch norms come back too, as ones with mean 0 and variance 1 - eps; after `fold`
     they do not, so that a model of the catalogue can no longer be saved as one.  Returns `model`.
+    Raises ValueError for exact networks, whose norms and images are rounded as no layer of torch's does.
     """
+    if any(isinstance(module, FixedPointNorm | FixedPointDoor) for module in model.modules()):
+        raise ValueError(
+            "an exact network predicts by rounding that torch's own layers do not have: keep it as it is, or, before "
+            "`convert`, call prepare(model, exact=False)"
+        )
     for module in model.modules():
         if isinstance(module, LSQLayer | PackedLayer | ChannelAffine):
             module.to_plain()

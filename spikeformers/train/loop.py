@@ -192,7 +192,7 @@ class _Work:
         if recipe.init.backbone and fresh:
             self.notes.append(f"init.backbone: {load_backbone(network, recipe.init.backbone)}")
         if bits := recipe.quantize.chosen():  # after loading: step sizes come from the weights
-            prepare(network, bits=bits, per_channel=recipe.quantize.per_channel, offset=recipe.quantize.offset)
+            prepare(network, bits=bits, **recipe.quantize.options())
         self.plain = self.task.wrap(network)
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.sync_bn:

@@ -105,7 +105,7 @@ def prepared(model: nn.Module, group: Quantize) -> nn.Module:
     bits = group.chosen()
     if bits is None:
         raise ValueError("quantize.bits=0 leaves every weight in float: choose 2 to 8 bits")
-    return prepare(copy.deepcopy(model), bits=bits, per_channel=group.per_channel, offset=group.offset)
+    return prepare(copy.deepcopy(model), bits=bits, **group.options())
 
 
 def stored_fine_tuning(run: Path, *, source: Source) -> Recipe | None:

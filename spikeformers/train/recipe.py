@@ -89,13 +89,20 @@ class Quantize:
     layers: dict[str, object] = field(default_factory=dict)  # kind ("attention", "first", ...) or name -> bits
     per_channel: bool = True  # a step size for each output channel, else one a layer
     offset: bool = False  # a learned one as well (LSQ+)
+    exact_integer: bool = False  # everything else in fixed point: equal in float32, float64 and integers
 
     def chosen(self) -> int | dict[str, int | None] | None:
-        """What `quantize.prepare` is told as `bits`; None: nothing."""
+        """What `quantize.prepare` is told as `bits`; None: nothing. Raises ValueError for exactness without bits."""
+        if self.exact_integer and not (self.bits or self.layers):
+            raise ValueError("quantize.exact_integer needs few bits in every layer: set quantize.bits to 2 to 8")
         if not self.layers:
             return self.bits or None
         named = {name: bits or None for name, bits in self.layers.items()}
         return named | ({"*": self.bits} if self.bits else {})
+
+    def options(self) -> dict[str, bool]:
+        """The other arguments of `quantize.prepare`."""
+        return {"per_channel": self.per_channel, "offset": self.offset, "exact": self.exact_integer}
 
 
 @dataclass(frozen=True)

@@ -115,17 +115,8 @@ def compare_layers(engine: nn.Module, model: nn.Module, images: Tensor | Iterabl
     first = next(model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
         batch = (batch if isinstance(batch, Tensor) else batch[0]).to(first.device, first.dtype)
-        given: dict[str, Tensor] = {}
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: given.update({name: x[0]}))
-            for name in pairs
-        ]
-        try:
-            with record(model) as wanted:
-                model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with record(model) as wanted, overhearing(model, pairs) as given:
+            model(batch)
         for name, neuron in pairs.items():
             layer = places[name]
             counts = to_uint8((given[name] / layer.unit).round()).to(engine.device)
@@ -133,6 +124,21 @@ def compare_layers(engine: nn.Module, model: nn.Module, images: Tensor | Iterabl
                 counts = counts.contiguous(memory_format=torch.channels_last)
             wrong[name] += int((layer(counts) != wanted[neuron].to(engine.device)).sum())
     return wrong
+
+
+@contextmanager
+def overhearing(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the modules `names` of `model` are given in the forward pass inside the context, by name."""
+    given: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0]}))
+        for name in names
+    ]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -146,7 +146,8 @@ def test_counts_that_could_saturate_pairs_of_products_take_the_readable_path():
 def test_the_primitive_agrees_on_a_cpu_without_vnni():
     code = (
         "import torch; from spikeformers.deploy.counts import *; torch.manual_seed(0);"
-        "c = torch.nn.Conv2d(64, 64, 3, padding=1); n = IntegerConv.of(c, unit=1., max_count=129, neuron=ILIF(levels=4));"
+        "c = torch.nn.Conv2d(64, 64, 3, padding=1);"
+        "n = IntegerConv.of(c, unit=1., max_count=129, neuron=ILIF(levels=4));"
         "n.weight.fill_(127); x = torch.full((1, 64, 9, 9), 129, dtype=torch.uint8);"
         "print(primitive_agrees() and torch.equal(n(x), n.readable(x)))"
     )

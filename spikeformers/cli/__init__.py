@@ -13,8 +13,10 @@ import re
 import sys
 from collections.abc import Sequence
 
+from spikeformers.cli.audit import audit_model
 from spikeformers.cli.energy import measure
 from spikeformers.cli.evaluation import evaluate, predict, report
+from spikeformers.cli.export import export
 from spikeformers.cli.listing import list_names
 from spikeformers.cli.parsers import build_parser
 from spikeformers.cli.quantize import quantize_run
@@ -28,7 +30,9 @@ COMMANDS = {
     "eval": evaluate,
     "predict": predict,
     "energy": measure,
+    "audit": audit_model,
     "quantize": quantize_run,
+    "export": export,
     "report": report,
 }
 

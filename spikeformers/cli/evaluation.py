@@ -1,8 +1,13 @@
 """`eval`, `predict` and `report`: what a trained model is good for."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEEN = 5  # classes that `predict` prints
 
@@ -30,6 +35,8 @@ def evaluate(arguments: Namespace) -> None:
 
 def predict(arguments: Namespace) -> None:
     """The likeliest classes of each image and the energy that its inference takes."""
+    if Path(arguments.model).is_file():
+        return predict_by_artifact(arguments)
     import torch
 
     from spikeformers import energy
@@ -46,11 +53,40 @@ def predict(arguments: Namespace) -> None:
     for file, image in zip(arguments.files, images, strict=True):
         batch = image[None]
         with torch.no_grad():
-            likely = model(batch)[0].softmax(-1).topk(min(SEEN, len(classes)))
+            logits = model(batch)[0]
         spent = energy.measure(model, batch)
         print(f"{file}: {short(spent.total_mj)} mJ ({short(spent.ann_mj)} mJ as an ANN, {spent.convention})")
-        for share, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
-            print(f"  {100 * share:6.2f} %  {classes[index]}")
+        print_likely(logits, classes)
+
+
+def predict_by_artifact(arguments: Namespace) -> None:
+    """The same from the one file that `export` writes: the energy is the mean that its card holds."""
+    from spikeformers.deploy import load
+    from spikeformers.train.results import short
+    from spikeformers.train.saved import class_labels, read_picture
+
+    model = load(arguments.model)
+    if model.preprocessing is None:
+        raise ValueError(
+            f"{arguments.model} does not say how to prepare pictures: it takes clips, or was saved without; run it by "
+            "spikeformers.deploy.load in Python"
+        )
+    images = [read_picture(Path(file), model.preprocessing) for file in arguments.files]  # first: no half answer
+    classes = model.labels or class_labels(model.engine.config.num_classes)
+    card, told = model.card, "energy not known"
+    if card.energy_mj is not None:
+        ann = "" if card.ann_energy_mj is None else f"{short(card.ann_energy_mj)} mJ as an ANN, "
+        told = f"{short(card.energy_mj)} mJ on average ({ann}{card.energy_convention}, by its card)"
+    for file, image in zip(arguments.files, images, strict=True):
+        print(f"{file}: {told}")
+        print_likely(model(image[None])[0], classes)
+
+
+def print_likely(logits: "Tensor", classes: Sequence[str]) -> None:
+    """The likeliest classes of one image, from its logits."""
+    likely = logits.softmax(-1).topk(min(SEEN, len(classes)))
+    for share, index in zip(likely.values.tolist(), likely.indices.tolist(), strict=True):
+        print(f"  {100 * share:6.2f} %  {classes[index]}")
 
 
 def report(arguments: Namespace) -> None:

@@ -19,7 +19,8 @@ def build_parser() -> tuple[ArgumentParser, ArgumentParser]:
     )
     top.prog = "spikeformers"
     commands = top.add_subcommands(required=False, metavar="COMMAND", dest="command", title="commands")
-    for add in (add_list, add_train, add_pretrain, add_eval, add_predict, add_energy, add_quantize, add_report):
+    adders = (add_list, add_train, add_pretrain, add_eval, add_predict, add_energy, add_audit, add_quantize)
+    for add in (*adders, add_export, add_report):
         add(commands)
     weights = new_parser("Weights that others trained.", "spikeformers weights import --help")
     add_command(commands, "weights", weights, "weights that others trained")
@@ -153,8 +154,11 @@ def add_predict(commands: "ActionSubCommands") -> None:
         "The five likeliest classes of each image, and the energy of its inference beside that of an ANN.",
         "spikeformers predict runs/digits seven.png",
         "spikeformers predict imported/55m photos/*.jpg",
+        "spikeformers predict model.spk seven.png",
     )
-    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model")
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model, or file of `export`"
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="image files")
     add_command(commands, "predict", parser, "classify image files")
 
@@ -171,6 +175,41 @@ def add_energy(commands: "ActionSubCommands") -> None:
     parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
     parser.add_argument("--plot", default="", metavar="FILE", help="write a bar chart there (png, svg, pdf)")
     add_command(commands, "energy", parser, "energy by layer and stage")
+
+
+def add_audit(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Every product of a network: whether a spike drives it (AC) or not (MAC), its energy, what merging changes, "
+        "and the verdict: spike-driven, integer-driven or neither. A bare name: random weights and images.",
+        "spikeformers audit runs/digits",
+        "spikeformers audit runs/digits --merged --json audit.json",
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder of a run or of a saved model, or a model's name")
+    parser.add_argument("--merged", action="store_true", help="audit it with RepConv and batch norms merged")
+    parser.add_argument("--images", type=int, metavar="N", help="images to average over (default: 64, of a name 4)")
+    parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
+    add_command(commands, "audit", parser, "is it driven by spikes?")
+
+
+def add_export(commands: "ActionSubCommands") -> None:
+    parser = new_parser(
+        "Turn a finished run into a file that others run without it: the integer engine with class names, preparation "
+        "of pictures and a card (spk), ONNX, or the parts that NIR can express. Says what that keeps of the network.",
+        "spikeformers export runs/digits --to spk",
+        "spikeformers predict runs/digits/model.spk seven.png",
+        "spikeformers export runs/digits_w4 --to spk --out digits.spk --license CC-BY-4.0",
+        "spikeformers export runs/digits --to onnx",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run; its packed weights if it has them")
+    parser.add_argument("--to", required=True, choices=("spk", "onnx", "nir"), help="spk, onnx or nir")
+    parser.add_argument(
+        "--out", default="", metavar="FILE", help="file to write or replace; of nir a new folder (default: in RUN)"
+    )
+    parser.add_argument("--backend", default="torch", choices=("torch", "openvino"), help="what runs the engine (spk)")
+    parser.add_argument("--form", default=None, choices=("integer", "qdq"), help="of ONNX operators (default: integer)")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="test images to compare on (default: 200)")
+    parser.add_argument("--license", default="", metavar="NOTE", help="licence of the weights, for the card")
+    add_command(commands, "export", parser, "one file to deploy: spk, onnx, nir")
 
 
 def add_report(commands: "ActionSubCommands") -> None:

@@ -1,6 +1,39 @@
 """Deployment: merged layers and integer inference."""
 
+from spikeformers.deploy.artifact import Artifact, ModelCard, Preprocessing, load, save
+from spikeformers.deploy.audit import AuditReport, audit
 from spikeformers.deploy.fuse import fuse
+from spikeformers.deploy.nir import LeftOut, NIRPart, NIRReport, export_nir
+from spikeformers.deploy.onnx import export_onnx
+from spikeformers.deploy.openvino import OpenVINOModel
 from spikeformers.deploy.runtime import Agreement, IntegerModel, IntegerReport, LayerReport, integer
+from spikeformers.deploy.unroll import BinarySpikes, IFNeuron, summed, unroll
+from spikeformers.deploy.verdict import AuditRow, Merge
 
-__all__ = ["Agreement", "IntegerModel", "IntegerReport", "LayerReport", "fuse", "integer"]
+__all__ = [
+    "Agreement",
+    "Artifact",
+    "AuditReport",
+    "AuditRow",
+    "BinarySpikes",
+    "IFNeuron",
+    "IntegerModel",
+    "IntegerReport",
+    "LayerReport",
+    "LeftOut",
+    "Merge",
+    "ModelCard",
+    "NIRPart",
+    "NIRReport",
+    "OpenVINOModel",
+    "Preprocessing",
+    "audit",
+    "export_nir",
+    "export_onnx",
+    "fuse",
+    "integer",
+    "load",
+    "save",
+    "summed",
+    "unroll",
+]

@@ -1,12 +1,16 @@
 """Finished runs and saved models, read back for testing, prediction and measuring."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 
-from spikeformers.data.images import ImageData
+from spikeformers.data.augment import Normalise, to_pixels
+from spikeformers.data.decode import decode
+from spikeformers.data.images import ImageData, fit, statistics
+from spikeformers.deploy import Preprocessing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.summary import PretrainSummary, pretrains, read_summary
@@ -84,6 +88,23 @@ def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
         raise ValueError(f"{source} is a {model.origin.name}, which takes clips of {data}, not pictures")
     spec = ImageData(**PICTURES[data], in_channels=model.config.in_channels)
     return model, spec, class_labels(model.config.num_classes)
+
+
+def preprocessing_of(spec: ImageData) -> Preprocessing:
+    """How `spec` makes a picture the model's input, as an artifact holds it."""
+    mean, std = statistics(spec)
+    return Preprocessing(spec.size, spec.eval_crop, spec.in_channels, mean, std, spec.interpolation)
+
+
+def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """One picture file as the model of an artifact wants it, float32 [C,size,size]. Raises ValueError naming the file.
+
+    The same numbers as `read_image` gives for the data that `preprocessing` was made of.
+    """
+    size, crop, channels, mean, std, interpolation = astuple(preprocessing)
+    spec = ImageData(size=size, eval_crop=crop, in_channels=channels, interpolation=interpolation)
+    picture = decode(path, name=str(path), channels=channels)
+    return Normalise(mean, std)(to_pixels(fit(picture, spec=spec)))
 
 
 def class_labels(count: int) -> tuple[str, ...]:

@@ -1,0 +1,332 @@
+"""One file that is a whole model: the integer engine, how to prepare pictures, class names, and a card; no code.
+
+`container.py` is the bytes. Loading builds the network from a closed table of configs, without memory, lets the engine
+take the places that its description names, and only then, if every tensor is of the size and type it must be, reads
+the tensors. Checksums tell damage, not forgery: who rewrites a file can rewrite them. A forged file may give other
+predictions, but runs no code and takes no more memory than its own size allows; publish the SHA-256 of the whole file.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spikeformers.backbones.meta_spikeformer import MetaSpikeFormerConfig
+from spikeformers.backbones.qsd_transformer import QSDTransformerConfig
+from spikeformers.backbones.spikformer import SpikformerConfig
+from spikeformers.deploy import container
+from spikeformers.deploy.container import Content
+from spikeformers.deploy.runtime import IntegerModel
+from spikeformers.layers.pretrained import write_files
+from spikeformers.layers.version import __version__
+
+NETWORKS = {
+    "meta_spikeformer": MetaSpikeFormerConfig,
+    "qsd_transformer": QSDTransformerConfig,
+    "spikformer": SpikformerConfig,
+}
+MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for more
+    "dims": 2**14,
+    "dim": 2**14,
+    "blocks": 64,
+    "depth": 128,
+    "num_classes": 2**20,
+    "in_channels": 2**10,
+    "steps": 2**10,
+    "heads": 2**10,
+    "levels": 255,
+    "mlp_ratio": 64,
+    "patch_size": 256,
+}
+MOST_OTHERS = 64  # of those that MOST does not name
+MOST_ENTRIES = 16  # of a tuple in a config
+PAIRS = ("kernel", "stride", "padding", "dilation")
+WHOLE = ("in_channels", "out_channels", "groups", "bits", "max_count", "levels")
+ENGINE_TYPES = dict.fromkeys(WHOLE, int) | {"unit": float, "scale": float, "fused": bool}
+"""What `IntegerModel.describe` tells of modules by these names; torch would take True for 1, or fail when it runs."""
+LARGEST_NUMBER = 2**24  # of all these, or its negative
+LONGEST_NAME, LONGEST_TEXT, LONGEST_SIDE = 60, 1000, 2048  # characters, of names in a config and of others; pixels
+SIDE = 128  # of the random picture that a new file is tried with, where nothing says how large pictures are
+HEADER = {"version", "network", "engine", "preprocessing", "labels", "card"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the model's input: short side to `size / crop` pixels, centre `size` x `size`, normalised.
+
+    `channels`: 1 grey or 3 RGB. `mean`, `std`: of each channel, for pixels in 0..1. `interpolation`: bicubic, bilinear.
+    Raises ValueError for values that cannot be.
+    """
+
+    size: int
+    crop: float
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        whole = type(self.size) is int and self.size >= 1 and self.channels in (1, 3)
+        crop = type(self.crop) in (int, float) and 0 < self.crop <= 1 and self.size <= LONGEST_SIDE * self.crop
+        if not (whole and crop):
+            raise ValueError(
+                f"pictures have 1 or 3 channels and size / crop is at most {LONGEST_SIDE} pixels with a crop above 0 "
+                f"and at most 1, got size={self.size!r}, crop={self.crop!r}, channels={self.channels!r}"
+            )
+        for name, least in (("mean", -1e6), ("std", 1e-6)):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and all(type(each) in (int, float) for each in values)
+            if not (numbers and len(values) == self.channels and all(least <= each <= 1e6 for each in values)):
+                raise ValueError(f"{name} must be a tuple of {self.channels} numbers, {least:g} to 1e6, got {values!r}")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What somebody who gets the file should know; None or "": not known.
+
+    `accuracy`, 0..1: of the engine, over `images` test images of `data`. Energies: mJ an image, of the spiking network
+    and of the same one as an ANN, by `energy_convention`. `source`: what it was trained by. `license`: of the weights.
+    Raises ValueError for texts that cannot be printed, or numbers out of range.
+    """
+
+    model: str = ""
+    accuracy: float | None = None
+    images: int | None = None
+    data: str = ""
+    energy_mj: float | None = None
+    ann_energy_mj: float | None = None
+    energy_convention: str = ""
+    source: str = ""
+    license: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "energy_convention", "source", "license"):
+            _check_text(f"card.{name}", getattr(self, name))
+        for name, most in (("accuracy", 1), ("energy_mj", math.inf), ("ann_energy_mj", math.inf)):
+            value = getattr(self, name)
+            if value is not None and not (type(value) in (int, float) and 0 <= value <= most and math.isfinite(value)):
+                raise ValueError(f"card.{name} must be a number from 0 to {most}, or None, got {value!r}")
+        if self.images is not None and not (type(self.images) is int and self.images >= 1):
+            raise ValueError(f"card.images must be a whole number, at least 1, or None, got {self.images!r}")
+        if not isinstance(self.versions, dict):
+            raise ValueError(f"card.versions must be a dict of texts, got {self.versions!r}")
+        for each in (*self.versions, *self.versions.values()):
+            _check_text("card.versions", each)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `load` gives: the engine and what a file says about it. `labels`: one for each class; None: not known."""
+
+    engine: IntegerModel
+    preprocessing: Preprocessing | None
+    labels: tuple[str, ...] | None
+    card: ModelCard
+
+    def __call__(self, images: Tensor) -> Float[Tensor, "B L"]:
+        """Images [B, C, H, W] or clip [T, B, C, H, W] -> logits [B, num_classes], float32."""
+        return self.engine(images)
+
+
+def save(
+    engine: IntegerModel,
+    path: str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    card: ModelCard | None = None,
+) -> Path:
+    """Write `engine` to the one file `path`, in one step, replacing what is there; returns the path.
+
+    Before that the bytes are loaded again and must give the same logits for a random picture, bit by bit.
+    Raises ValueError for anything but an engine of the torch backend, if its network is none of the catalogue, was
+    changed by hand, or its config holds a builder that no file can name, and for labels or a preprocessing that do not
+    fit; OSError if the disk is full. Nothing is written then.
+    """
+    network = _describe_network(engine)
+    header = {
+        "version": __version__,
+        "network": network,
+        "engine": engine.describe(),
+        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
+        "labels": None if labels is None else list(labels),
+        "card": dataclasses.asdict(card or ModelCard()),
+    }
+    _read_about(header, _read_network(network))  # what the caller got wrong is told in plain words first
+    content = container.encode(header, engine.state_dict())
+    _check_same(engine, content, side=preprocessing.size if preprocessing else SIDE)
+    path = Path(path)
+    write_files(path.parent, {path.name: content})
+    return path
+
+
+def load(path: str | Path) -> Artifact:
+    """The model in the file `path`, ready to run on the CPU; its logits are those of the engine that was saved.
+
+    Raises ValueError if there is no such file, it is no artifact, was damaged or cut, or is of a newer version.
+    """
+    content = container.read(Path(path))
+    try:
+        return _assemble(content)
+    except Exception as error:  # asked to build nonsense, torch raises RuntimeError, TypeError, IndexError and more
+        version = str(content.header.get("version"))[:20]
+        other = "" if version == __version__ else f" (written by spikeformers {version!r}, this is {__version__})"
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged: {reason}{other}") from error
+
+
+def _assemble(content: Content) -> Artifact:
+    """Build what `content` describes. May raise anything if that is nonsense."""
+    if content.header.keys() != HEADER:
+        raise ValueError(f"its header must have {', '.join(sorted(HEADER))}")
+    config = _read_network(content.header["network"])
+    preprocessing, labels, card = _read_about(content.header, config)
+    description = content.header["engine"]
+    _check_modules(description["modules"])
+    with torch.device("meta"):  # tensors without memory, whatever sizes they claim
+        network = _without_bits(config).build()
+        engine = IntegerModel.rebuild(copy.deepcopy(network), description, config=config)
+    wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in engine.state_dict().items()}
+    found = {name: (stored.dtype, stored.shape) for name, stored in content.table.items()}
+    if wrong := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+        told = " but ".join(_what(each.get(wrong[0]), where) for each, where in ((wanted, "wanted"), (found, "there")))
+        raise ValueError(f"its tensors are not those of its network; first: {wrong[0][:80]!r}, {told}")
+    _check_geometry(engine)
+    engine = IntegerModel.rebuild(network, description, config=config)
+    engine.load_state_dict({name: content.tensor(name) for name in content.table}, strict=True, assign=True)
+    return Artifact(engine.eval(), preprocessing, labels, card)
+
+
+def _without_bits(config: Any) -> Any:
+    """The config of the same network with float weights: the engine brings its own."""
+    return dataclasses.replace(config, bits=0) if hasattr(config, "bits") else config
+
+
+def _check_modules(told: Any, name: str = "") -> None:
+    """Raises ValueError for a number in a description of modules that is of another type, or out of range."""
+    if name in PAIRS:
+        if not (isinstance(told, list) and len(told) == 2 and all(_fits(each, int) for each in told)):
+            raise ValueError(f"{name} of its engine must be two whole numbers, got {str(told)[:60]!r}")
+    elif name in ENGINE_TYPES:
+        if not _fits(told, ENGINE_TYPES[name]):
+            raise ValueError(f"{name} of its engine must be {ENGINE_TYPES[name].__name__}, got {str(told)[:60]!r}")
+    elif isinstance(told, dict | list):
+        for key, each in told.items() if isinstance(told, dict) else ((name, each) for each in told):
+            _check_modules(each, key)
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return type(value) is kind and abs(value) <= LARGEST_NUMBER
+
+
+def _check_geometry(engine: IntegerModel) -> None:
+    """Raises ValueError for convolutions that no network has: such could make huge maps of small weights."""
+    for name, module in engine.net.named_modules():
+        if (sizes := getattr(module, "geometry", None)) is not None:
+            pairs = zip(sizes.kernel, sizes.stride, sizes.padding, sizes.dilation, strict=True)
+            if not all(0 <= p < k and 1 <= s <= MOST_OTHERS and 1 <= d <= MOST_OTHERS for k, s, p, d in pairs):
+                raise ValueError(f"{name[:80]!r} is no convolution of a network: {sizes}")
+
+
+def _what(tensor: tuple[torch.dtype, tuple[int, ...]] | None, where: str) -> str:
+    return f"none is {where}" if tensor is None else f"{tensor[0]} {list(tensor[1])} is {where}"
+
+
+def _describe_network(engine: IntegerModel) -> dict[str, Any]:
+    """Stem and fields of the config that `engine`'s network was built from."""
+    if not isinstance(engine, IntegerModel):
+        raise ValueError(f"an artifact holds what sf.deploy.integer(model, images) gives, not {type(engine).__name__}")
+    config = engine.config
+    stem = next((stem for stem, kind in NETWORKS.items() if type(config) is kind), None)
+    if stem is None:
+        raise ValueError(
+            f"an artifact holds networks of the catalogue, not {type(engine.net).__name__}: build it by create_model, "
+            "or export it as ONNX"
+        )
+    # Engines follow set_steps; configs do not.
+    values = dataclasses.asdict(dataclasses.replace(config, steps=engine.net.steps))
+    for name, value in values.items():
+        if callable(value):
+            raise ValueError(
+                f"{name} of this network is a builder ({value!r}), which no file can hold: use one of the names that "
+                f"{type(config).__name__} knows, or export the network as ONNX"
+            )
+    return {"stem": stem, "config": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def _read_network(network: Any) -> Any:
+    """The config that `_describe_network` described, every value of its type and in bounds."""
+    if not (isinstance(network, dict) and isinstance(network.get("config"), dict)):
+        raise ValueError("its header describes no network")
+    values, kind = network["config"], NETWORKS.get(str(network.get("stem")))
+    if kind is None:
+        raise ValueError(f"it holds an unknown network, {str(network.get('stem'))[:60]!r}")
+    defaults = {each.name: each.default for each in dataclasses.fields(kind)}
+    if wrong := sorted(values.keys() ^ defaults.keys()):
+        raise ValueError(f"its config of {network['stem']} lacks or adds {wrong[0][:60]!r}")
+    return kind(**{name: _checked(name, values[name], default) for name, default in defaults.items()})
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A value of a config, lists as tuples. Raises ValueError if not of the type of `default`, or out of range."""
+    if isinstance(default, tuple):
+        if not isinstance(value, list) or len(value) > MOST_ENTRIES:
+            raise ValueError(f"{name} of its config must be a list of at most {MOST_ENTRIES} values")
+        return tuple(_checked(name, each, default[0]) for each in value)
+    if type(value) is not type(default):
+        raise ValueError(f"{name} of its config must be {type(default).__name__}, got {str(value)[:60]!r}")
+    most = MOST.get(name, MOST_OTHERS)
+    if isinstance(value, str) and len(value) > LONGEST_NAME:
+        raise ValueError(f"{name} of its config must be a name, got {len(value)} characters")
+    if type(value) in (int, float) and not 0 <= value <= most:
+        raise ValueError(f"{name} of its config must lie between 0 and {most}, got {value}")
+    return value
+
+
+def _read_about(header: dict[str, Any], config: Any) -> tuple[Preprocessing | None, tuple[str, ...] | None, ModelCard]:
+    """Preprocessing, labels and card of `header`, which must fit the network of `config`."""
+    preprocessing, labels, card = header["preprocessing"], header["labels"], header["card"]
+    if preprocessing is not None:
+        tuples = {name: tuple(preprocessing[name]) for name in ("mean", "std")}
+        preprocessing = Preprocessing(**preprocessing | tuples)
+        if preprocessing.channels != config.in_channels:
+            raise ValueError(f"pictures of {preprocessing.channels} channels for a network of {config.in_channels}")
+    if labels is not None:
+        if not isinstance(labels, list) or len(labels) != config.num_classes:
+            raise ValueError(f"labels must be a list of {config.num_classes} names, one for each class")
+        for label in labels:
+            _check_text("a label", label)
+        labels = tuple(labels)
+    return preprocessing, labels, ModelCard(**card)
+
+
+def _check_text(name: str, text: Any) -> None:
+    """Raises ValueError unless `text` is a short line that a terminal can show (escape sequences could do more)."""
+    if not (isinstance(text, str) and len(text) <= LONGEST_TEXT and text.isprintable()):
+        raise ValueError(
+            f"{name} must be a line of at most {LONGEST_TEXT} printable characters, got {str(text)[:60]!r}"
+        )
+
+
+@torch.no_grad()
+def _check_same(engine: IntegerModel, content: bytes, *, side: int) -> None:
+    """Raises ValueError if the file that `content` would be gives other logits than `engine`."""
+    view = memoryview(bytearray(content))
+    preamble, rest = bytes(view[: container.PREAMBLE]), view[container.PREAMBLE :]
+    again = _assemble(container.parse(preamble, rest, name="the new file"))
+    picture = torch.randn(1, engine.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    if not torch.equal(again(picture), copy.deepcopy(engine).cpu()(picture)):
+        raise ValueError(
+            "this network is no longer what its config says (were layers or attributes changed by hand?), so a file "
+            "would predict otherwise: put the change into the config, or export the network as ONNX"
+        )

@@ -1,7 +1,8 @@
-"""Layers on real numbers, run image by image: their rounding, and every spike after it, then ignores the batch size.
+"""Layers on real numbers whose rounding, and so every spike after it, ignores the batch size.
 
-Low-bit weights stay integers in memory and are widened where they are used. The fast path prepares them once for
-oneDNN's float convolution, which for small layers is a third faster than asking for it anew in every call.
+oneDNN's float convolution, its weights prepared once, which for small layers is a third faster than asking for it anew
+in every call. A batch goes through it whole if a trial gives each image the bits that it has alone, else image by
+image. Low-bit weights stay integers in memory and are widened where they are used.
 """
 
 import functools
@@ -16,6 +17,7 @@ from spikeformers.deploy.geometry import Geometry
 from spikeformers.quantize import PackedLayer
 
 PREPARED_SHAPES = 4  # input shapes for which a layer keeps prepared weights
+Run = Callable[[Tensor], Tensor]
 
 
 class FloatConv(nn.Module):
@@ -33,7 +35,7 @@ class FloatConv(nn.Module):
         if bits < 32:
             self.register_buffer("step", torch.ones(geometry.out_channels))
         self.register_buffer("bias", torch.zeros(geometry.out_channels))
-        self.prepared: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
+        self.prepared: dict[torch.Size, Run] = {}
 
     @classmethod
     @torch.no_grad()
@@ -58,21 +60,32 @@ class FloatConv(nn.Module):
         if x.device.type != "cpu" or not prepares_weights():
             weight = self.float_weight()
             return torch.cat([F.conv2d(image, weight, self.bias, *self.geometry.moves) for image in x.split(1)])
-        run = self.prepared.get(x.shape[1:])
+        run = self.prepared.get(x.shape)
         if run is None:
-            run = self.prepared[x.shape[1:]] = self.prepare(x.shape[1:])
-        return run(x) if len(x) == 1 else torch.cat([run(image) for image in x.split(1)])
+            if len(self.prepared) == PREPARED_SHAPES:
+                self.prepared.clear()
+            run = self.prepared[x.shape] = self.prepare(x.shape)
+        return run(x)
 
-    def prepare(self, shape: torch.Size) -> Callable[[Tensor], Tensor]:
-        """This layer for one image of `shape` [C, H, W], with its weights as oneDNN lays them out for that."""
-        if len(self.prepared) == PREPARED_SHAPES:
-            self.prepared.clear()
+    def prepare(self, shape: torch.Size) -> Run:
+        """This layer for inputs of `shape`: all images at once, where that changes no bit of them."""
+        alone = self._laid_out((1, *shape[1:]))
+        if shape[0] == 1:
+            return alone
+        # How a sum is ordered depends on sizes alone: what is equal for random numbers is equal for all.
+        together, trial = self._laid_out(shape), torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        trial = trial.contiguous(memory_format=torch.channels_last)
+        one_by_one = _one_by_one(alone)
+        return together if torch.equal(together(trial), one_by_one(trial)) else one_by_one
+
+    def _laid_out(self, shape: tuple[int, ...]) -> Run:
+        """oneDNN's convolution with the weights laid out for inputs of `shape`."""
         stride, padding, dilation, groups = self.geometry.moves
         with torch.inference_mode(False), torch.no_grad():
             weight, bias = self.float_weight().to_mkldnn(), self.bias
-            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, padding, stride, dilation, groups, [1, *shape])
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, padding, stride, dilation, groups, list(shape))
         run = torch.ops.mkldnn._convolution_pointwise.default
-        return lambda image: run(image, weight, bias, padding, stride, dilation, groups, "none", [], "")
+        return lambda x: run(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
     def describe(self) -> dict:
         """Plain values that build an empty layer of these sizes."""
@@ -113,6 +126,10 @@ class PerImage(nn.Module):
         return torch.cat([self.layer(image) for image in x.split(1)])
 
 
+def _one_by_one(run: Run) -> Run:
+    return lambda x: torch.cat([run(image) for image in x.split(1)])
+
+
 @functools.cache
 def prepares_weights() -> bool:
     """True if this process has oneDNN's convolution with prepared weights, and it is F.conv2d; asked once."""
@@ -121,7 +138,7 @@ def prepares_weights() -> bool:
     conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
     image = torch.randn(1, 6, 9, 9, generator=generator).contiguous(memory_format=torch.channels_last)
     try:
-        found = conv.prepare(image.shape[1:])(image)
+        found = conv.prepare(image.shape)(image)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return torch.allclose(found, F.conv2d(image, conv.weight, conv.bias, padding=1), rtol=1e-4, atol=1e-5)

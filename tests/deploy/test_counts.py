@@ -238,6 +238,20 @@ def test_a_float_convolution_image_by_image_ignores_the_batch():
     torch.testing.assert_close(layer(x), plain(x))
 
 
+def test_a_float_convolution_takes_images_one_by_one_where_a_batch_would_round_otherwise(monkeypatch):
+    layer, x = FloatConv.of(nn.Conv2d(16, 32, 1).requires_grad_(False)), torch.randn(3, 16, 8, 8)
+    wanted = torch.cat([layer(image) for image in x.split(1)])
+    laid_out = FloatConv._laid_out
+
+    def otherwise(self, shape):
+        run = laid_out(self, shape)
+        return run if shape[0] == 1 else lambda x: run(x) * (1 + 1e-6)
+
+    monkeypatch.setattr(FloatConv, "_laid_out", otherwise)
+    layer.prepared.clear()
+    assert torch.equal(layer(x), wanted)
+
+
 def test_a_float_layer_keeps_low_bit_weights_as_integers():
     packed = sf.quantize.convert(sf.quantize.prepare(nn.Conv2d(6, 4, 3, groups=2), bits=4)).requires_grad_(False)
     layer, x = FloatConv.of(packed), torch.randn(2, 6, 5, 5)

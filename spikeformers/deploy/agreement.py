@@ -79,7 +79,7 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
     if model.training:
         raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
     neurons = {name: module for name, module in engine.net.named_modules() if isinstance(module, CountNeuron)}
-    flips, sizes = Counter(), Counter()
+    flips, sizes, first_names = Counter(), Counter(), _first_names(model)
     different, flipped, total, largest = [], [], 0, 0.0
     first = next(model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
@@ -91,7 +91,7 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         anywhere = torch.zeros(count, dtype=torch.bool, device=engine.device)
         largest = max(largest, float((expected - logits).abs().max()))
         for name, counts in got.items():
-            differs = wanted[name].to(engine.device) != counts
+            differs = wanted[first_names[name]].to(engine.device) != counts
             flips[name] += int(differs.sum())
             sizes[name] += differs.numel()
             anywhere |= differs.flatten(1).any(1).view(-1, count).any(0)  # rows are time-major
@@ -102,6 +102,13 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         raise ValueError("no image to compare: the loader gave no batch")
     rates = {name: flips[name] / sizes[name] for name in sizes}
     return Agreement(total - len(different), total, tuple(different), tuple(flipped), rates, largest)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Of every name of every module the first one that the module has, by which the recorder calls it."""
+    first: dict[nn.Module, str] = {}
+    named = getattr(model, "_orig_mod", model).named_modules(remove_duplicate=False)
+    return {name: first.setdefault(module, name) for name, module in named}
 
 
 @torch.no_grad()

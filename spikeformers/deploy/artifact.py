@@ -43,6 +43,8 @@ MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for 
     "heads": 2**10,
     "levels": 255,
     "mlp_ratio": 64,
+    "scale": 1e6,
+    "layer_scale": 1e6,
     "patch_size": 256,
 }
 MOST_OTHERS = 64  # of those that MOST does not name

@@ -28,6 +28,7 @@ LARGEST_WEIGHT = 127
 LARGEST_COUNT = 255
 PREPARED_SHAPES = 4  # input shapes for which a layer keeps its weights laid out
 PAIR_LIMIT = 32767  # CPUs without VNNI add two products in 16 bits and saturate beyond this
+EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
 EPSILON = 2**-23  # of float32
 NUDGES = (0.5, -0.5, 1, -1, 2, -2, 4, -4, 8, -8)  # last places by which a bias moves where float32 misses a threshold
 
@@ -50,9 +51,13 @@ def integer_weight(layer: nn.Module) -> tuple[Int8[Tensor, " O *rest"], Float[Te
 
 
 def fires_by_itself(neuron: Neuron) -> bool:
-    """True if the neuron's counts depend on nothing but the present current, so that a convolution can emit them."""
+    """True if the neuron's counts depend on nothing but the present current, and grow with it.
+
+    A convolution can then emit them.
+    """
     single = not isinstance(neuron.threshold, Tensor) or neuron.threshold.numel() == 1
-    return isinstance(neuron, ILIF | NILIF | IELIF) and not neuron.carries and single
+    alone = isinstance(neuron, ILIF | NILIF | IELIF) and not neuron.carries and single
+    return alone and getattr(neuron, "gain", 1.0) / float(neuron.threshold) > 0
 
 
 def to_uint8(x: Tensor, *, largest: int = LARGEST_COUNT) -> Counts:
@@ -79,9 +84,9 @@ class CountNeuron(nn.Module):
         alone = isinstance(neuron.threshold, float) and neuron.threshold == 1.0
         self.at_once = self.stateless and self.half_up and alone and math.frexp(neuron.gain)[0] == 0.5
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, current: Tensor) -> Tensor:
         """Currents (or, if fused, counts) [T*B, ...] -> counts of the same shape."""
-        counts = x if self.neuron is None else self.fire(x)
+        counts = current if self.neuron is None else self.fire(current)
         if self.dtype is None:
             return counts if counts.dtype == torch.uint8 else to_uint8(counts, largest=self.levels)
         wide = counts.to(self.dtype)
@@ -229,10 +234,11 @@ class IntegerConv(nn.Module):
 
     @property
     def fast(self) -> bool:
-        """True unless a CPU without VNNI could saturate, or the readable path was asked for."""
-        if self._largest is None:
-            self._largest = int(self.weight.long().abs().max()) if self.weight.numel() else 0
-        return self.wanted_fast and 2 * self.max_count * self._largest <= PAIR_LIMIT
+        """True unless a CPU without VNNI could saturate, float32 not hold a sum, or the readable path was asked for."""
+        if self._fits is None:
+            pairs = 2 * self.max_count * int(self.weight.long().abs().max())
+            self._fits = pairs <= PAIR_LIMIT and int(self.reach.max()) <= EXACT_FLOAT32
+        return self.wanted_fast and self._fits
 
     @property
     def emits(self) -> bool:
@@ -293,7 +299,7 @@ class IntegerConv(nn.Module):
         """Forget what was computed from the buffers."""
         self.prepared: dict[torch.Size, Callable[[Tensor], Tensor]] = {}
         self._emits: bool | None = None
-        self._largest: int | None = None
+        self._fits: bool | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"prepared": {}}  # prepared weights belong to this process and cannot be copied

@@ -35,7 +35,7 @@ class FloatConv(nn.Module):
         if bits < 32:
             self.register_buffer("step", torch.ones(geometry.out_channels))
         self.register_buffer("bias", torch.zeros(geometry.out_channels))
-        self.prepared: dict[torch.Size, Run] = {}
+        self.prepared: dict[tuple[torch.Size, int], Run] = {}
 
     @classmethod
     @torch.no_grad()
@@ -60,11 +60,12 @@ class FloatConv(nn.Module):
         if x.device.type != "cpu" or not prepares_weights():
             weight = self.float_weight()
             return torch.cat([F.conv2d(image, weight, self.bias, *self.geometry.moves) for image in x.split(1)])
-        run = self.prepared.get(x.shape)
+        key = (x.shape, torch.get_num_threads())
+        run = self.prepared.get(key)
         if run is None:
             if len(self.prepared) == PREPARED_SHAPES:
                 self.prepared.clear()
-            run = self.prepared[x.shape] = self.prepare(x.shape)
+            run = self.prepared[key] = self.prepare(x.shape)
         return run(x)
 
     def prepare(self, shape: torch.Size) -> Run:
@@ -72,7 +73,7 @@ class FloatConv(nn.Module):
         alone = self._laid_out((1, *shape[1:]))
         if shape[0] == 1:
             return alone
-        # How a sum is ordered depends on sizes alone: what is equal for random numbers is equal for all.
+        # How a sum is ordered depends on sizes and threads: what is equal for random numbers is equal for all.
         together, trial = self._laid_out(shape), torch.randn(shape, generator=torch.Generator().manual_seed(0))
         trial = trial.contiguous(memory_format=torch.channels_last)
         one_by_one = _one_by_one(alone)

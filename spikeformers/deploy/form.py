@@ -16,12 +16,18 @@ from spikeformers.layers import LayerScaleBlock, RepConv, TransformerBlock, bn_a
 from spikeformers.quantize import FixedPointNorm, LSQLayer, PackedLayer, convert
 
 
-@torch.no_grad()
 def integer_form(model: nn.Module) -> nn.Module:
     """A copy of `model` on the CPU, in eval mode and float64, in its integer form; `model` stays as it is.
 
-    Equal to `model.eval()` up to rounding: in float64, spikes equal and logits within 1e-12.
+    Equal to `model.eval()` up to rounding: in float64, spikes equal and logits within 1e-12. A plain nn.Sequential must
+    run its modules one after the other; `integer` checks that.
     """
+    return folded(packed(model))
+
+
+@torch.no_grad()
+def packed(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode and float64, its low-bit weights as integers, no module in two places."""
     net = copy.deepcopy(getattr(model, "_orig_mod", model)).cpu().eval()
     integers = {}
     if any(isinstance(layer, LSQLayer) for layer in net.modules()):
@@ -35,6 +41,23 @@ def integer_form(model: nn.Module) -> nn.Module:
             layer.packed.copy_(integers[name])
         if isinstance(layer, PackedLayer) and layer.offset is not None:
             layer.to_plain()  # an offset is no multiple of the step size
+    _untie(net, {net})
+    return net
+
+
+def _untie(parent: nn.Module, seen: set[nn.Module]) -> None:
+    """Give a module that stands in several places a copy of its own in each: what follows may differ."""
+    for name, child in parent._modules.items():
+        if child in seen:
+            child = parent._modules[name] = copy.deepcopy(child)
+        if child is not None:
+            seen.add(child)
+            _untie(child, seen)
+
+
+@torch.no_grad()
+def folded(net: nn.Module) -> nn.Module:
+    """`net`, which `packed` made, with norms and layer scales folded and RepConv as its factors; changed in place."""
     if (whole := collapsed(net)) is not None:
         return whole
     _collapse_below(net)
@@ -52,7 +75,7 @@ def _collapse_below(parent: nn.Module) -> None:
     if type(parent) is nn.Sequential:
         for index in range(len(parent) - 1):
             layer, norm = parent[index], parent[index + 1]
-            if is_convolution(layer) and isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, FixedPointNorm):
+            if is_convolution(layer) and folds(norm):
                 parent[index], parent[index + 1] = absorbed(layer, *bn_affine(norm)), nn.Identity()
     if isinstance(parent, LayerScaleBlock):
         _fold_scales(parent)
@@ -113,6 +136,12 @@ def with_last(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
         layer[-1] = absorbed(layer[-1], scale, shift)
         return layer
     return absorbed(layer, scale, shift)
+
+
+def folds(norm: nn.Module) -> bool:
+    """True for a batch norm that is a scale and a shift: with running statistics, and not rounding."""
+    tracked = isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    return tracked and not isinstance(norm, FixedPointNorm)
 
 
 def is_convolution(layer: nn.Module) -> bool:

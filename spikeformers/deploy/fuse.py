@@ -53,5 +53,5 @@ def _merge_pairs(chain: nn.Sequential) -> None:
     """Merge each Conv2d directly followed by a BatchNorm2d; the norm's place keeps an Identity, so that names stay."""
     for index in range(len(chain) - 1):
         conv, norm = chain[index], chain[index + 1]
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None:
             chain[index], chain[index + 1] = merge_conv_bn(conv, norm).eval(), nn.Identity()

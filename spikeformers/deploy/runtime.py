@@ -15,12 +15,20 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from spikeformers.attention import SSA
 from spikeformers.deploy.agreement import Agreement, IntegerReport, LayerReport, compare, compare_layers
-from spikeformers.deploy.counts import LARGEST_COUNT, CountNeuron, IntegerConv, IntegerLinear, fires_by_itself
+from spikeformers.deploy.counts import (
+    EXACT_FLOAT32,
+    LARGEST_COUNT,
+    CountNeuron,
+    IntegerConv,
+    IntegerLinear,
+    fires_by_itself,
+)
 from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
-from spikeformers.deploy.form import Factors, integer_form, unscale
+from spikeformers.deploy.form import Factors, folded, packed, unscale
 from spikeformers.deploy.geometry import Geometry
 from spikeformers.deploy.joint import JointAttention, joined
 from spikeformers.deploy.rounding import Rounding
@@ -33,7 +41,6 @@ from spikeformers.quantize.convert import PackedDepthwise
 from spikeformers.quantize.exact import FixedPointDoor
 
 logger = logging.getLogger(__name__)
-EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
 BACKENDS = ("torch", "openvino")
 KINDS = {
     "integer_conv": IntegerConv,
@@ -204,8 +211,12 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     with torch.inference_mode(False):
-        net = integer_form(model)
-        wiring = probe(net, (images[:, :1] if images.ndim == 5 else images[:1]).cpu().double())
+        image = (images[:, :1] if images.ndim == 5 else images[:1]).cpu().double()
+        net = packed(model)
+        wanted = net(image)
+        net = folded(net)
+        _check_same(net(image), wanted)
+        wiring = probe(net, image)
         modules = dict(net.named_modules())
         fed = _spike_fed(modules, wiring)
         if not fed:
@@ -231,6 +242,17 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
     from spikeformers.deploy.openvino import OpenVINOModel
 
     return OpenVINOModel(engine, images)
+
+
+def _check_same(found: Any, wanted: Any) -> None:
+    """Raises ValueError if folding norms changed what the network computes."""
+    for got, due in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        if isinstance(due, Tensor) and not torch.allclose(got, due, rtol=1e-6, atol=1e-9 * float(due.abs().max() + 1)):
+            raise ValueError(
+                f"folding batch norms changed what the network gives by {float((got - due).abs().max()):.2g}: does a "
+                "plain nn.Sequential serve as a list, with something between a convolution and its norm? Make it a "
+                "module of your own"
+            )
 
 
 def _spike_fed(modules: dict[str, nn.Module], wiring: Wiring) -> dict[str, Mark]:
@@ -341,7 +363,7 @@ def _say_what_is_slow(engine: IntegerModel) -> None:
     layers = {name: each for name, each in engine.net.named_modules() if isinstance(each, IntegerConv)}
     if slow := [name for name, each in layers.items() if not each.fast]:
         logger.warning(
-            "%d of %d integer layers take the readable path, whose sums some CPUs would saturate in 16 bits; first: %s "
-            "(counts up to %d)",
+            "%d of %d integer layers take the readable path, since the primitive could saturate or round their sums; "
+            "first: %s (counts up to %d)",
             *(len(slow), len(layers), slow[0], layers[slow[0]].max_count),
         )

@@ -74,7 +74,8 @@ METADATA = ("size", "numel", "dim", "stride", "is_floating_point", "is_contiguou
 MOVES = (  # what leaves spikes spikes for energy.measure too
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
     *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "T", "mT", "__getitem__"),
-    *("chunk", "split", "unbind"),
+    *("chunk", "split", "unbind", "swapaxes", "swapdims", "movedim", "moveaxis", "narrow", "select", "index_select"),
+    *("tile", "pixel_shuffle", "pixel_unshuffle"),
 )
 BIASED = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 UNBIASED = ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "einsum")
@@ -105,6 +106,12 @@ def _moved(function: Callable, args: tuple, kwargs: dict) -> Any:
     if isinstance(moved[0], Tensor):
         return BinarySpikes(torch.stack(moved), spikes.unit) if moved[0].is_floating_point() else None
     return tuple(BinarySpikes(torch.stack(parts), spikes.unit) for parts in zip(*moved, strict=True))
+
+
+def _repeated(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Nearest upsampling repeats spikes; the other modes average them."""
+    mode = kwargs.get("mode", args[3] if len(args) > 3 else "nearest")
+    return _moved(function, args, kwargs) if mode in ("nearest", "nearest-exact") else None
 
 
 def _kept(function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -202,7 +209,8 @@ def _weighted(function: Callable, args: tuple, kwargs: dict) -> Tensor:
 
 RULES: dict[str, Callable[[Callable, tuple, dict], Any]] = {
     **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(("max_pool1d", "max_pool2d"), _max_pooled),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "adaptive_max_pool2d"), _max_pooled),
+    "interpolate": _repeated,
     **dict.fromkeys(("cat", "concat", "stack"), _joined),
     **dict.fromkeys(("add", "__add__"), _added),
     **dict.fromkeys(("mul", "__mul__"), _masked),

@@ -28,6 +28,8 @@ class SpikeMarks(TorchFunctionMode):
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
         *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"),
         *("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"),
+        *("swapaxes", "swapdims", "movedim", "moveaxis", "narrow", "select", "index_select", "tile"),
+        *("pixel_shuffle", "pixel_unshuffle", "adaptive_max_pool2d"),
     )
 
     def __init__(self) -> None:
@@ -79,7 +81,8 @@ class SpikeMarks(TorchFunctionMode):
             alike = None not in marks and len({mark.unit for mark in marks}) == 1
             return Mark(marks[0].unit, max(mark.most for mark in marks)) if alike else None
         mark = self.of(args[0])
-        if mark is None or name in self.MOVES or (name == "pad" and _adds_zeros(*args[2:], **kwargs)):
+        moves = name in self.MOVES or (name == "pad" and _adds_zeros(*args[2:], **kwargs))
+        if mark is None or moves or (name == "interpolate" and _repeats(*args[1:], **kwargs)):
             return mark
         if len(args) != 2 or kwargs:
             return None
@@ -104,6 +107,11 @@ def _taken_from(number: object, mark: Mark) -> Mark | None:
 def _adds_zeros(mode: str = "constant", value: float | None = None, pad: object = None) -> bool:
     """True for what F.pad does with these arguments, those after the input, if it adds zeros and nothing else."""
     return mode == "constant" and not value
+
+
+def _repeats(size: object = None, scale_factor: object = None, mode: str = "nearest", *_, **__) -> bool:
+    """True for what F.interpolate does with these arguments, those after the input, if it repeats elements."""
+    return mode in ("nearest", "nearest-exact")
 
 
 def row_means(spikes: Tensor, unit: float) -> Tensor:

@@ -100,7 +100,7 @@ FREE = frozenset(
             "slice_scatter",
         ),
         *("select_scatter", "lift_fresh", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-        *("_upsample_nearest_exact2d"),
+        "_upsample_nearest_exact2d",
         *("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full"),
         *("full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "arange"),
         *("linspace", "eye", "fill", "zero", "scalar_tensor", "rand", "rand_like", "randn", "randn_like"),

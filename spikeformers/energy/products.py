@@ -2,7 +2,8 @@
 
 Paper: Meta-SpikeFormer, Sec. 3 and App. B.1: a product with a spike is an addition where it fires and nothing where it
 does not; an element-wise product with binary spikes is a mask; a scale merges into the threshold behind it.
-ops.py counts layers by what they are, this file by the functions that run, so nothing that multiplies goes unseen.
+ops.py counts layers by what they are, this file by the functions of torch that run, whoever calls them. What runs
+outside them (NumPy, functions scripted by torch.jit) goes unseen.
 What a constant does to all elements, or to the channels that a layer has just made, merges into thresholds and weights.
 Neurons' own arithmetic (leak, threshold) is left out, as is what does not depend on the image.
 """
@@ -45,7 +46,7 @@ SAME = {"multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "di
 SAME |= {prefix + name: name for prefix in "ir" for name in ("mul", "div", "add", "sub", "matmul")}
 SAME |= {"itruediv": "div", "rtruediv": "div"}
 NEW = ("new_ones", "new_zeros", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
-MOVES = tuple(name for name in SpikeMarks.MOVES if not name.startswith("max_pool"))
+MOVES = tuple(name for name in SpikeMarks.MOVES if "max_pool" not in name)
 SUMS = ("sum", "add", "sub", "cat", "stack")
 
 
@@ -75,8 +76,11 @@ class Product:
 def products_of(model: nn.Module, images: Tensor) -> tuple[Trace, tuple[Product, ...]]:
     """Run `model(images)` once: its layers as `trace` counts them, and every product in order.
 
-    Raises ValueError if it multiplies nothing, or if the model has neurons and none of them ran.
+    Raises ValueError if it multiplies nothing, if the model has neurons and none of them ran, or if a part of it was
+    scripted by torch.jit.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("a part of this model was scripted by torch.jit, which nobody can listen to: use the original")
     walk = _Walk(model, images)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator
@@ -208,6 +212,8 @@ class _Walk(SpikeMarks):
     def after(self, name: str, args: tuple, kwargs: dict) -> Mark | None:
         """As SpikeMarks; a number that divides spikes merges into weights too, but a mean over time is real numbers."""
         mark = super().after(name, args, kwargs)
+        if len(args) != 2 or kwargs:
+            return mark
         if mark is None and name in ("div", "__truediv__") and not isinstance(self.open[-1][1], TimeMean):
             divided, number = self.of(args[0]), args[1]
             if divided is not None and isinstance(number, int | float) and number > 0:

@@ -20,8 +20,9 @@ def bn_affine(bn: nn.BatchNorm2d) -> tuple[Float[Tensor, " C"], Float[Tensor, " 
             f"a {type(bn).__name__} rounds what it gives, so it is no scale and shift and merges into no layer: "
             "networks prepared with exact=True run as they are"
         )
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    return scale, bn.bias - bn.running_mean * scale
+    scale = 1 / torch.sqrt(bn.running_var + bn.eps)
+    scale, shift = (scale, 0) if bn.weight is None else (bn.weight * scale, bn.bias)
+    return scale, shift - bn.running_mean * scale
 
 
 def bn_of_zero(bn: nn.Module) -> Float[Tensor, " C"]:
@@ -47,7 +48,7 @@ def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d | nn.Identity) -> nn.C
 
 
 def conv2d_from(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> nn.Conv2d:
-    """nn.Conv2d holding `weight` [O, I/groups, kh, kw] and `bias` [O], with stride, padding and groups of `like`."""
+    """nn.Conv2d holding `weight` [O, I/groups, kh, kw] and `bias` [O], which moves over its input as `like` does."""
     groups = like.groups
     conv = nn.utils.skip_init(
         nn.Conv2d,
@@ -56,7 +57,9 @@ def conv2d_from(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> nn.C
         weight.shape[2:],
         stride=like.stride,
         padding=like.padding,
+        dilation=like.dilation,
         groups=groups,
+        padding_mode=like.padding_mode,
         bias=bias is not None,
         device=weight.device,
         dtype=weight.dtype,

@@ -108,7 +108,8 @@ class _Follow(TorchFunctionMode):
         def leave(_, inputs: tuple, output: object) -> None:
             self.inside -= rule is not None
             if rule is not None:
-                self.formats[output] = rule(self, module, self.formats.get(inputs[0], "an input"))
+                given = self.format_of(inputs[0]) if inputs[0] in self.formats else "an input"
+                self.put(output, rule(self, module, given))
             self.names.pop()
 
         stack = ExitStack()
@@ -117,7 +118,10 @@ class _Follow(TorchFunctionMode):
         return stack
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        fresh = [each for each in tree_leaves((args, kwargs)) if self.known(each)]
         result = func(*args, **(kwargs or {}))
+        if any(result is each for each in fresh):  # an operation in place, which is followed below
+            self.put(result, self.formats[result][0])
         name = func.__name__.strip("_")
         if self.inside or name in NEW or not any(isinstance(each, Tensor) for each in tree_leaves(result)):
             return result
@@ -125,8 +129,15 @@ class _Follow(TorchFunctionMode):
         if any(each in self.formats for each in operands):
             found = self.of(name, args, kwargs or {}, operands, result)
             for each in tree_leaves(result):
-                self.formats[each] = found
+                self.put(each, found)
         return result
+
+    def put(self, tensor: Tensor, found: Format) -> None:
+        self.formats[tensor] = (found, tensor._version)
+
+    def known(self, value: object) -> bool:
+        """True for a tensor whose format is known, and that nobody has written to since."""
+        return isinstance(value, Tensor) and value in self.formats and self.formats[value][1] == value._version
 
     def of(self, name: str, args: tuple, kwargs: dict, operands: list[Tensor], result: object) -> Format:
         """The format of what the function `name` gives."""
@@ -146,7 +157,7 @@ class _Follow(TorchFunctionMode):
         if not isinstance(value, Tensor):
             value = torch.tensor(float(value), dtype=torch.float64)
         elif value in self.formats:
-            return self.formats[value]
+            return self.formats[value][0] if self.known(value) else "a tensor that was changed in place"
         value = value.detach().double()
         scaled = value
         for fraction in range(FINEST):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import spikeformers as sf
 from spikeformers.backbones.qsd_transformer import ANN_TWIN
-from spikeformers.neurons import LIF
+from spikeformers.neurons import LIF, Door
 from spikeformers.quantize import (
     FixedPointNorm,
     LSQLayer,
@@ -383,6 +383,22 @@ def test_the_sizes_of_the_paper_fit_whatever_their_weights_become():
     # With weights of 8 bits at their largest, which `prepare` asks about.
     model = sf.create_model("qsd_transformer_t", layer_scale=0.0, blocks=(1, 1, 1, 1, 1))
     assert prepare(model, bits=8, exact=True).quantization["exact"]
+
+
+@pytest.mark.parametrize("write", [lambda y: y.__setitem__((slice(None), 0), 0.3), lambda y: y.view(-1).div_(3)])
+def test_numbers_written_into_a_tensor_are_not_proven(write):
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.door, self.conv = Door(in_channels=3), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.door(x).clone()
+            write(y)
+            return self.conv(y)
+
+    with pytest.raises(ValueError, match="changed in place"):
+        sf.quantize.prepare(Written(), bits=4, exact=True)
 
 
 def test_merging_folding_plain_layers_and_other_norms_are_refused():

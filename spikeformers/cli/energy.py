@@ -37,6 +37,8 @@ def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataL
     from spikeformers.train.evaluate import batches_of
     from spikeformers.train.saved import read_run, read_trained, run_of
 
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: give the run or the saved model that it came from")
     if run := run_of(Path(source)):
         model, recipe = read_trained(source)[0], read_run(run)[1]
         split = load_split(recipe.data, "test", seed=recipe.seed)

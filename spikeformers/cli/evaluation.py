@@ -37,6 +37,8 @@ def predict(arguments: Namespace) -> None:
     """The likeliest classes of each image and the energy that its inference takes."""
     if Path(arguments.model).is_file():
         return predict_by_artifact(arguments)
+    if arguments.backend != "torch":
+        raise ValueError("--backend goes with a file of `export`: runs and saved models run in torch")
     import torch
 
     from spikeformers import energy
@@ -65,7 +67,10 @@ def predict_by_artifact(arguments: Namespace) -> None:
     from spikeformers.train.results import short
     from spikeformers.train.saved import class_labels, read_picture
 
-    model = load(arguments.model)
+    try:
+        model = load(arguments.model, backend=arguments.backend)
+    except ImportError as error:  # an extra that is not installed; the message names it
+        raise ValueError(str(error)) from error
     if model.preprocessing is None:
         raise ValueError(
             f"{arguments.model} does not say how to prepare pictures: it takes clips, or was saved without; run it by "
@@ -73,12 +78,12 @@ def predict_by_artifact(arguments: Namespace) -> None:
         )
     images = [read_picture(Path(file), model.preprocessing) for file in arguments.files]  # first: no half answer
     classes = model.labels or class_labels(model.engine.config.num_classes)
-    card, told = model.card, "energy not known"
+    card = model.card
     if card.energy_mj is not None:
         ann = "" if card.ann_energy_mj is None else f"{short(card.ann_energy_mj)} mJ as an ANN, "
-        told = f"{short(card.energy_mj)} mJ on average ({ann}{card.energy_convention}, by its card)"
+        print(f"By its card {short(card.energy_mj)} mJ a picture on average ({ann}{card.energy_convention})")
     for file, image in zip(arguments.files, images, strict=True):
-        print(f"{file}: {told}")
+        print(f"{file}:")
         print_likely(model(image[None])[0], classes)
 
 

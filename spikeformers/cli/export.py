@@ -26,12 +26,18 @@ def export(arguments: Namespace) -> None:
     subject = exporting.read_exportable(Path(arguments.run))
     if subject.recipe.threads:  # as the run was tested: float32 sums depend on the number of threads
         torch.set_num_threads(subject.recipe.threads)
+    if Path(arguments.run) != subject.run and not arguments.out:
+        raise ValueError(
+            f"{arguments.run} lies in a run, whose own exported file this would replace: give {subject.run}, or name "
+            "another file with --out"
+        )
     out = Path(arguments.out) if arguments.out else default_out(subject.run, arguments.to)
+    replaced = out.is_file()
     try:
         facts = WRITERS[arguments.to](subject, out, arguments)
     except ImportError as error:  # an extra that is not installed; the message names it
         raise ValueError(str(error)) from error
-    print_facts(f"{arguments.run}: written {out}", facts)
+    print_facts(f"{arguments.run}: {'replaced' if replaced else 'written'} {out}", facts)
 
 
 def check_options(arguments: Namespace) -> None:
@@ -43,6 +49,8 @@ def check_options(arguments: Namespace) -> None:
         raise ValueError(f"--out must end in {suffix} for --to {arguments.to}, got {arguments.out}")
     if arguments.out and suffix and out.is_dir():
         raise ValueError(f"{arguments.out} is a folder; --out names a file")
+    if arguments.to == "nir" and out.is_file():
+        raise ValueError(f"{arguments.out} is a file; for --to nir --out names a folder")
     if arguments.license and arguments.to != "spk":
         raise ValueError("--license goes with --to spk, whose card holds it")
     if arguments.form and arguments.to != "onnx":
@@ -67,8 +75,8 @@ def write_spk(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
     found = exporting.compared(subject, runner, images=arguments.images)
     card = exporting.card_of(subject, found, license_note=arguments.license)
     about = {"preprocessing": preprocessing_of(subject.recipe.data), "labels": subject.summary.classes}
-    save(engine, out, **about, card=card)
     timed = exporting.latency_fact(subject, runner, backend=backend)
+    save(engine, out, **about, card=card)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     facts = [exporting.size_fact(subject, out), *found.facts(), timed, exporting.energy_fact(subject)]
     return [*facts, ("SHA-256", digest)]

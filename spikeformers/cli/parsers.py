@@ -151,7 +151,8 @@ def add_eval(commands: "ActionSubCommands") -> None:
 
 def add_predict(commands: "ActionSubCommands") -> None:
     parser = new_parser(
-        "The five likeliest classes of each image, and the energy of its inference beside that of an ANN.",
+        "The five likeliest classes of each image, and the energy of its inference beside that of an ANN; of a file of "
+        "`export` the average that its card tells.",
         "spikeformers predict runs/digits seven.png",
         "spikeformers predict imported/55m photos/*.jpg",
         "spikeformers predict model.spk seven.png",
@@ -160,6 +161,12 @@ def add_predict(commands: "ActionSubCommands") -> None:
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model, or file of `export`"
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="image files")
+    parser.add_argument(
+        "--backend",
+        default="torch",
+        choices=("torch", "openvino"),
+        help="what runs a file of `export` (default: %(default)s)",
+    )
     add_command(commands, "predict", parser, "classify image files")
 
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikeformers.backbones.meta_spikeformer import MetaSpikeFormerConfig
 from spikeformers.backbones.qsd_transformer import QSDTransformerConfig
 from spikeformers.backbones.spikformer import SpikformerConfig
 from spikeformers.deploy import container
 from spikeformers.deploy.container import Content
-from spikeformers.deploy.runtime import IntegerModel
+from spikeformers.deploy.runtime import BACKENDS, IntegerModel
 from spikeformers.layers.pretrained import write_files
 from spikeformers.layers.version import __version__
 
@@ -128,16 +128,20 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `load` gives: the engine and what a file says about it. `labels`: one for each class; None: not known."""
+    """What `load` gives: the engine and what a file says about it. `labels`: one for each class; None: not known.
+
+    `openvino`: the same engine in OpenVINO, if `load` was asked for it; calls then go there.
+    """
 
     engine: IntegerModel
     preprocessing: Preprocessing | None
     labels: tuple[str, ...] | None
     card: ModelCard
+    openvino: nn.Module | None = None
 
     def __call__(self, images: Tensor) -> Float[Tensor, "B L"]:
         """Images [B, C, H, W] or clip [T, B, C, H, W] -> logits [B, num_classes], float32."""
-        return self.engine(images)
+        return (self.openvino or self.engine)(images)
 
 
 def save(
@@ -172,12 +176,33 @@ def save(
     return path
 
 
-def load(path: str | Path) -> Artifact:
+def load(path: str | Path, *, backend: str = "torch") -> Artifact:
     """The model in the file `path`, ready to run on the CPU; its logits are those of the engine that was saved.
 
-    Raises ValueError if there is no such file, it is no artifact, was damaged or cut, or is of a newer version.
+    `backend` "openvino" runs it there, on pictures of the size that the file tells.
+    Raises ValueError if there is no such file, it is no artifact, was damaged or cut, or is of a newer version, and for
+    an unknown backend or one that needs a size of pictures where the file tells none.
     """
-    content = container.read(Path(path))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    artifact = _read(Path(path))
+    if backend == "torch":
+        return artifact
+    if artifact.preprocessing is None:
+        raise ValueError(
+            f"{path} does not tell the size of pictures, so load it for torch and use "
+            "sf.deploy.OpenVINOModel(loaded.engine, images)"
+        )
+    from spikeformers.deploy.openvino import OpenVINOModel
+
+    side = artifact.preprocessing.size
+    picture = torch.zeros(1, artifact.preprocessing.channels, side, side)
+    return dataclasses.replace(artifact, openvino=OpenVINOModel(artifact.engine, picture))
+
+
+def _read(path: Path) -> Artifact:
+    """The model in the file `path`; see `load`."""
+    content = container.read(path)
     try:
         return _assemble(content)
     except Exception as error:  # asked to build nonsense, torch raises RuntimeError, TypeError, IndexError and more

@@ -123,8 +123,10 @@ def audit(model: nn.Module, images: Tensor | Iterable) -> AuditReport:
     Any torch model, in eval mode and without gradients; it comes back as it was. Only neurons of spikeformers.neurons
     spike.  An addition for each count of a spike costs 0.9 pJ, a product of real numbers 4.6 pJ; a mask by binary
     spikes, and constants that merge into weights and thresholds, cost nothing.
-    Raises ValueError for no images, images that are not finite, or a model with nothing to count.
+    Raises ValueError for no images, images that are not finite, a model with nothing to count, or an integer engine.
     """
+    if hasattr(model, "compare_layers") or hasattr(model, "precisions"):
+        raise ValueError("an integer engine is no network to audit: audit the network that it was built from")
     tally = _Tally()
     with evaluating(model):
         for batch in batches_of(images):

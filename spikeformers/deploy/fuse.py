@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spikeformers.layers import Pretrained, merge_conv_bn
-from spikeformers.quantize import plain
+from spikeformers.quantize import FixedPointNorm, plain
 
 
 @torch.no_grad()
@@ -20,7 +20,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Layers with `merge()` (ConvBN, RepConv) and, in plain nn.Sequential, a Conv2d followed by a BatchNorm2d. A model in
     train mode comes back in eval mode too: merged batch norms can only use their running statistics.
     Equal to `model.eval()` up to rounding: in float64, spikes equal and logits within 1e-12.
+    Raises ValueError for an exact network, whose norms round.
     """
+    refuse_exact(model, "merge")
     fused = plain_copy(model)
     if hasattr(fused, "merge"):
         return fused.merge().eval()
@@ -28,6 +30,15 @@ def fuse(model: nn.Module) -> nn.Module:
     if isinstance(fused, Pretrained):
         fused.origin = None  # its weights no longer fit the catalogue's model: saving must refuse
     return fused
+
+
+def refuse_exact(model: nn.Module, verb: str) -> None:
+    """Raises ValueError for a network whose norms round, and so stand in no layer of torch's."""
+    if any(isinstance(module, FixedPointNorm) for module in model.modules()):
+        raise ValueError(
+            f"this network was prepared exact (quantize.exact_integer): its norms round, so it cannot {verb}; the "
+            "engine, model.spk, ONNX, unroll and audit take it as it is"
+        )
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

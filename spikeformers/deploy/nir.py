@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikeformers.deploy.fuse import fuse, plain_copy
+from spikeformers.deploy.fuse import fuse, plain_copy, refuse_exact
 from spikeformers.deploy.nir_nodes import REASONS, Step
 from spikeformers.deploy.nir_trace import steps_of
 from spikeformers.energy import trace
@@ -145,6 +145,7 @@ def _require_nir() -> None:
 
 def _merged(model: nn.Module) -> nn.Module:
     """A copy on the CPU, merged in float64, in its own precision again."""
+    refuse_exact(model, "go as NIR")
     net = plain_copy(model).cpu().double()
     for module in net.modules():
         if type(module) is SepConv:

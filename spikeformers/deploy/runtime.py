@@ -35,7 +35,7 @@ from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
 from spikeformers.layers import LayerScaleBlock, TransformerBlock
-from spikeformers.neurons import Door, Neuron
+from spikeformers.neurons import Door, Neuron, temporal_modules
 from spikeformers.quantize import FixedPointNorm
 from spikeformers.quantize.convert import PackedDepthwise
 from spikeformers.quantize.exact import FixedPointDoor
@@ -210,8 +210,12 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if isinstance(model, IntegerModel):
+        raise ValueError(
+            "this is an integer engine already; in OpenVINO it runs as sf.deploy.OpenVINOModel(engine, images)"
+        )
     with torch.inference_mode(False):
-        image = (images[:, :1] if images.ndim == 5 else images[:1]).cpu().double()
+        image = _one_image(model, images).cpu().double()
         net = packed(model)
         wanted = net(image)
         net = folded(net)
@@ -242,6 +246,15 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
     from spikeformers.deploy.openvino import OpenVINOModel
 
     return OpenVINOModel(engine, images)
+
+
+def _one_image(model: nn.Module, images: Tensor) -> Tensor:
+    """The first image in all its steps; a network without a door takes [T*B, ...]."""
+    if images.ndim == 5:
+        return images[:, :1]
+    temporal = list(temporal_modules(model).values())
+    door = any(isinstance(module, Door) for module in temporal)
+    return images[: 1 if door else max((module.steps for module in temporal), default=1)]
 
 
 def _check_same(found: Any, wanted: Any) -> None:

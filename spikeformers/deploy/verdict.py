@@ -173,7 +173,8 @@ def sums(rows: tuple[AuditRow, ...], *, images: int, steps: int) -> list[str]:
         lines.append(f"Free, since they merge into weights and thresholds: {kinds}")
     over = f"{images} image{'s' if images > 1 else ''}, T={steps}"
     each = f"{AC_PJ:g} pJ an addition, {MAC_PJ:g} pJ a product of real numbers"
-    return [*lines, f"Energy per image: {math.fsum(row.mj for row in rows):.6f} mJ over {over} ({each})"]
+    total = f"{math.fsum(row.mj for row in rows):.6f} mJ over {over}"
+    return [*lines, f"Energy per image, as executed, nothing merged beyond this network: {total} ({each})"]
 
 
 def merging(rows: tuple[AuditRow, ...], merges: tuple[Merge, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from spikeformers.deploy.counts import CountNeuron
 from spikeformers.deploy.fuse import plain_copy
 from spikeformers.layers.pretrained import CONFIG
 from spikeformers.neurons import Neuron
-from spikeformers.quantize import size
+from spikeformers.quantize import FixedPointNorm, size
 from spikeformers.train.evaluate import batches_of, drawn
 from spikeformers.train.recipe import Recipe
 from spikeformers.train.results import short
@@ -137,8 +137,13 @@ def latencies(runs: Sequence[Callable[[Tensor], object]], image: Tensor) -> list
 
 
 def latency_fact(subject: Exportable, run: Callable[[Tensor], object], *, backend: str) -> tuple[str, str]:
-    """The line about the time that one image takes, in the network as float32 layers and in `run`."""
-    before, after = latencies([plain_copy(subject.model).float(), run], subject.image())
+    """The line about the time that one image takes, in the network as float32 layers and in `run`.
+
+    The layers of an exact network round, as none of torch's do: it is timed as it is.
+    """
+    exact = any(isinstance(module, FixedPointNorm) for module in subject.model.modules())
+    before = subject.model if exact else plain_copy(subject.model).float()
+    before, after = latencies([before, run], subject.image())
     threads = torch.get_num_threads()
     where = f"median of {REPEATS}, {threads} thread{'s' * (threads != 1)}, {backend}"
     return "Latency", f"{short(before)} ms before, {short(after)} ms after ({where})"

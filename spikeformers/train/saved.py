@@ -25,6 +25,8 @@ PICTURES = {  # how the papers' networks see a picture
 
 def read_run(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     """Final model, recipe and class names of a finished run. Raises ValueError for anything else."""
+    if not run.exists():
+        raise ValueError(f"{run} is not a run: there is no such folder (a run is the folder that `train` writes)")
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} is not a run: it has no recipe.json (a run is the folder that `train` writes)")
     if not (run / "summary.json").is_file():
@@ -81,7 +83,7 @@ def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
     if source in list_models():
         raise ValueError(f"{source} names a model without weights: give the folder of a run or of a saved model")
     if not folder.is_dir():
-        raise ValueError(f"no such folder: {source} (wanted: a run, or a model saved by `weights import`)")
+        raise ValueError(f"no such folder: {source}, nor file (wanted: a run, a saved model, or a file of `export`)")
     model = from_pretrained(folder)
     data = CATALOGUE[model.origin.name].data
     if data not in PICTURES:

@@ -85,17 +85,33 @@ def test_packed_weights_are_taken_as_they_are_without_a_flip(said_by, run, tmp_p
     assert {each.bits for each in weights} == {4}
 
 
+def test_a_file_runs_in_openvino_where_asked(exported):
+    pytest.importorskip("openvino")
+    torch_file, other = load(exported[0] / "model.spk"), load(exported[0] / "model.spk", backend="openvino")
+    picture = torch.rand(2, 1, torch_file.preprocessing.size, torch_file.preprocessing.size)
+    torch.testing.assert_close(other(picture), torch_file(picture), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="backend must be one of torch, openvino, got 'tensorrt'"):
+        load(exported[0] / "model.spk", backend="tensorrt")
+
+
+def test_inside_a_run_the_file_to_write_must_be_named(exported, refused):
+    assert "lies in a run, whose own exported file this would replace" in refused(
+        "export", exported[0] / "model", "--to", "spk"
+    )
+
+
 def test_predict_takes_the_file_alone_and_says_the_energy_of_its_card(said_by, refused, exported, digit):
     shutil.copy(exported[0] / "model.spk", digit.with_name("alone.spk"))
     code, out, err = said_by("predict", digit.with_name("alone.spk"), digit, digit)
     assert code == 0, err
     lines = out.splitlines()
-    assert len(lines) == 12
-    assert lines[:6] == lines[6:]
-    assert re.fullmatch(rf"{re.escape(str(digit))}: \S+ mJ on average \(\S+ mJ as an ANN, \S+, by its card\)", lines[0])
+    assert len(lines) == 13
+    assert re.fullmatch(r"By its card \S+ mJ a picture on average \(\S+ mJ as an ANN, \S+\)", lines[0])
+    assert lines[1] == f"{digit}:"
+    assert lines[1:7] == lines[7:]
     model = load(digit.with_name("alone.spk"))
     likely = model(read_picture(digit, model.preprocessing)[None])[0].argmax()
-    assert lines[1].split()[2] == model.labels[likely]
+    assert lines[2].split()[2] == model.labels[likely]
     assert "gone.png" in refused("predict", digit.with_name("alone.spk"), digit, digit.with_name("gone.png"))
 
 

@@ -49,3 +49,18 @@ def test_a_rounding_is_the_norm_that_it_came_from(exact):
             rounding = Rounding.of(norm)
             assert torch.equal(rounding(x), norm(x))
             assert torch.equal(rounding.of_zero(), norm.of_zero())
+
+
+def test_an_exact_network_is_not_merged_and_not_split_into_nir(exact, images, tmp_path):
+    for act in (lambda: sf.deploy.fuse(exact), lambda: sf.deploy.export_nir(exact, images, tmp_path / "nir")):
+        with pytest.raises(ValueError, match=r"prepared exact \(quantize\.exact_integer\)"):
+            act()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_is_no_network_to_convert_or_audit(exact, images):
+    engine = integer(exact, images)
+    with pytest.raises(ValueError, match="integer engine already"):
+        integer(engine, images)
+    with pytest.raises(ValueError, match="no network to audit"):
+        sf.deploy.audit(engine, images)

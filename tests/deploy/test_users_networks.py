@@ -11,7 +11,7 @@ import spikeformers as sf
 from spikeformers.deploy import fuse, integer
 from spikeformers.deploy.form import integer_form
 from spikeformers.layers import ConvBN, RepConv
-from spikeformers.neurons import IELIF, ILIF
+from spikeformers.neurons import IELIF, ILIF, LIF
 
 
 class Pool(nn.Module):
@@ -154,3 +154,13 @@ def test_selections_of_spikes_are_spikes_everywhere(selection):
         torch.testing.assert_close(unrolled(images), model(images), rtol=0, atol=1e-12)
     audited = sf.deploy.audit(unrolled, images)
     assert audited.verdict == "spike-driven"
+
+
+def test_a_network_over_time_without_a_door_takes_steps_and_images_folded():
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), LIF(steps=4), nn.Conv2d(6, 6, 1), LIF(steps=4), nn.Conv2d(6, 4, 1), Pool()
+    )
+    rows = 3 * torch.randn(4 * 3, 3, 5, 5)
+    engine = integer(model.eval(), rows)
+    assert engine(rows).shape == (12, 4)
+    assert engine.compare(model, rows).total == 12

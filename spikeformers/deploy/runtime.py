@@ -1,9 +1,9 @@
 """Integer inference: counts as uint8, spike-fed layers with integer weights, convolution + neuron as one primitive.
 
 A layer computes in integers if what it reads is spikes; the stem, the inner convolutions of RepConv, the last one of
-SepConv, batch statistics of nothing else and the membranes stay float32. Low-bit weights are taken as they are, so
-that a layer gives exactly the counts that the network gives from the same input; float weights are rounded to 8 bits
-a channel (post-training), which changes some counts: `compare` says how many.
+SepConv and the membranes stay float32. Low-bit weights are taken as they are, so that a layer gives exactly the counts
+that the network gives from the same input; float weights are rounded to 8 bits a channel (post-training), which changes
+some counts: `compare` says how many.
 """
 
 import logging
@@ -214,7 +214,7 @@ def integer(model: nn.Module, images: Tensor, *, fast: bool = True, backend: str
         raise ValueError(
             "this is an integer engine already; in OpenVINO it runs as sf.deploy.OpenVINOModel(engine, images)"
         )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         image = _one_image(model, images).cpu().double()
         net = packed(model)
         wanted = net(image)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,13 @@ def test_packed_weights_are_taken_as_they_are_without_a_flip(said_by, run, tmp_p
     assert told["Images with a flip"] == "0 of 8; same prediction for 8"
     weights = [each for each in load(tmp_path / "low.spk").engine.report().layers if each.spike_fed]
     assert {each.bits for each in weights} == {4}
+
+
+def test_an_exact_network_is_timed_as_it_is():
+    sizes = {"dims": (8, 16, 24, 32), "blocks": (0, 0, 0, 1, 0), "layer_scale": 0.0}
+    model = prepare(create_model("qsd_transformer_t", **sizes), bits=4, exact=True).eval()
+    subject = SimpleNamespace(model=model, image=lambda: torch.zeros(1, 3, 32, 32))
+    assert "ms before" in exporting.latency_fact(subject, model, backend="torch")[1]
 
 
 def test_a_file_runs_in_openvino_where_asked(exported):

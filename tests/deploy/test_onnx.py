@@ -13,7 +13,7 @@ from spikeformers.deploy.floats import PerImage
 from spikeformers.deploy.onnx import TWINS, export_onnx, onnx_graph
 from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.runtime import KINDS
-from spikeformers.neurons import IELIF, ILIF, LIF
+from spikeformers.neurons import LIF
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -27,24 +27,6 @@ def run(file: str | Path | bytes, images: torch.Tensor) -> torch.Tensor:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
-
-
-def dyadic() -> nn.Module:
-    """A network whose float sums are exact in any order on `dyadic_images`, full of halves for its neurons to round."""
-    layers = [nn.Conv2d(3, 8, 3, padding=1), IELIF()]  # half up
-    layers += [nn.Conv2d(8, 12, 3, stride=2, padding=1), IELIF()]  # fused
-    layers += [nn.Conv2d(12, 12, 5, padding=2, groups=12, bias=False), nn.MaxPool2d(2), ILIF()]  # half to even
-    layers += [nn.AvgPool2d(2), IELIF(levels=8), nn.Flatten(), nn.Linear(48, 16), ILIF(), nn.Linear(16, 5)]
-    for layer, scale in zip(layers, (1, 0, 2, 0, 16, 0, 0, 0, 0, 0, 8, 0, 1), strict=True):
-        if scale:
-            layer.weight.data.mul_(scale)  # every neuron fires
-    for parameter in layers[0].parameters():
-        parameter.data.copy_(torch.randint(-8, 9, parameter.shape) / 32)
-    return nn.Sequential(*layers).eval()
-
-
-def dyadic_images(batch: int) -> torch.Tensor:
-    return torch.randint(-8, 9, (batch, 3, 16, 16)) / 4
 
 
 def trained(name: str, images: torch.Tensor, **options) -> nn.Module:
@@ -99,7 +81,7 @@ def test_an_exact_network_is_every_bit_the_same_in_every_form():
         assert torch.equal(run(onnx_graph(each, images, form=form).SerializeToString(), images), expected)
 
 
-def test_the_integer_form_gives_the_engines_logits_in_every_bit():
+def test_the_integer_form_gives_the_engines_logits_in_every_bit(dyadic, dyadic_images):
     model = dyadic()
     engine = integer(model, dyadic_images(1))
     file = onnx_graph(engine, dyadic_images(1)).SerializeToString()
@@ -110,7 +92,7 @@ def test_the_integer_form_gives_the_engines_logits_in_every_bit():
         assert torch.equal(run(file, images), wanted)
 
 
-def test_a_layer_whose_epilogue_misses_a_threshold_compares_sums():
+def test_a_layer_whose_epilogue_misses_a_threshold_compares_sums(dyadic, dyadic_images):
     engine = integer(dyadic(), dyadic_images(1))
     fused = [module for module in engine.net.modules() if getattr(module, "thresholds", None) is not None]
     for layer in fused:
@@ -122,7 +104,7 @@ def test_a_layer_whose_epilogue_misses_a_threshold_compares_sums():
 
 
 @pytest.fixture(scope="module")
-def qdq(tmp_path_factory) -> tuple[nn.Module, Path]:
+def qdq(tmp_path_factory, dyadic, dyadic_images) -> tuple[nn.Module, Path]:
     """An engine, and its file in the form qdq."""
     torch.manual_seed(0)
     images = dyadic_images(1)
@@ -130,7 +112,7 @@ def qdq(tmp_path_factory) -> tuple[nn.Module, Path]:
     return engine, export_onnx(engine, images, tmp_path_factory.mktemp("onnx") / "new" / "engine.onnx", form="qdq")
 
 
-def test_the_qdq_form_gives_the_same_bits_in_onnxruntime(qdq):
+def test_the_qdq_form_gives_the_same_bits_in_onnxruntime(qdq, dyadic_images):
     engine, path = qdq
     images = dyadic_images(4)
     kinds = {node.op_type for node in onnx.load(path).graph.node}
@@ -138,7 +120,7 @@ def test_the_qdq_form_gives_the_same_bits_in_onnxruntime(qdq):
     assert torch.equal(run(path, images), engine(images))
 
 
-def test_a_file_of_floats_gives_the_networks_logits():
+def test_a_file_of_floats_gives_the_networks_logits(dyadic, dyadic_images):
     model, images = dyadic(), dyadic_images(3)
     with torch.no_grad():
         expected = model(images)
@@ -166,7 +148,7 @@ def test_every_kind_of_layer_of_an_engine_has_its_twin():
         assert set(twins) >= {*KINDS.values(), CountNeuron, PerImage} - plain_torch
 
 
-def test_what_cannot_be_exported_is_refused_and_earlier_files_stay(tmp_path):
+def test_what_cannot_be_exported_is_refused_and_earlier_files_stay(tmp_path, dyadic, dyadic_images):
     path, images = tmp_path / "model.onnx", dyadic_images(1)
     path.write_text("earlier")
     model = dyadic()

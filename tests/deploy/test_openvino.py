@@ -8,40 +8,22 @@ import torch
 from torch import nn
 
 from spikeformers.deploy import integer
-from spikeformers.neurons import IELIF, ILIF, set_steps
+from spikeformers.neurons import set_steps
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.usefixtures("unchecked")  # the exporter would trace the checker's wrappers
 
 
-def dyadic() -> nn.Module:
-    """A network whose float sums are exact in any order on `dyadic_images`, full of halves for its neurons to round."""
-    layers = [nn.Conv2d(3, 8, 3, padding=1), IELIF()]  # half up
-    layers += [nn.Conv2d(8, 12, 3, stride=2, padding=1), IELIF()]  # fused
-    layers += [nn.Conv2d(12, 12, 5, padding=2, groups=12, bias=False), nn.MaxPool2d(2), ILIF()]  # half to even
-    layers += [nn.AvgPool2d(2), IELIF(levels=8), nn.Flatten(), nn.Linear(48, 16), ILIF(), nn.Linear(16, 5)]
-    for layer, scale in zip(layers, (1, 0, 2, 0, 16, 0, 0, 0, 0, 0, 8, 0, 1), strict=True):
-        if scale:
-            layer.weight.data.mul_(scale)  # every neuron fires
-    for parameter in layers[0].parameters():
-        parameter.data.copy_(torch.randint(-8, 9, parameter.shape) / 32)
-    return nn.Sequential(*layers).eval()
-
-
-def dyadic_images(batch: int) -> torch.Tensor:
-    return torch.randint(-8, 9, (batch, 3, 16, 16)) / 4
-
-
 @pytest.fixture(scope="module")
-def pair() -> tuple[nn.Module, nn.Module, nn.Module]:
+def pair(dyadic, dyadic_images) -> tuple[nn.Module, nn.Module, nn.Module]:
     """A network, its engine in torch and its engine in OpenVINO."""
     torch.manual_seed(0)
     model, images = dyadic(), dyadic_images(1)
     return model, integer(model, images), integer(model, images, backend="openvino")
 
 
-def test_where_float_sums_are_exact_every_bit_is_the_torch_engines(pair):
+def test_where_float_sums_are_exact_every_bit_is_the_torch_engines(pair, dyadic_images):
     model, engine, other = pair
     for batch in (1, 4):
         images = dyadic_images(batch)
@@ -55,7 +37,7 @@ def test_where_float_sums_are_exact_every_bit_is_the_torch_engines(pair):
         assert torch.equal(again(images), wanted)
 
 
-def test_another_size_and_other_steps_are_refused(pair):
+def test_another_size_and_other_steps_are_refused(pair, dyadic_images):
     *_, other = pair
     with pytest.raises(ValueError, match=r"takes \['B', 3, 16, 16\] \(B any number\), got \[1, 3, 8, 8\]"):
         other(dyadic_images(1)[..., :8, :8])

@@ -11,7 +11,9 @@ import torch
 
 from spikeformers.train import checkpoint
 
-FORK = multiprocessing.get_context("fork")  # no second import of torch; tensors are too small to need threads
+# Forks of a process that only imported torch: the one that runs the tests has threads of other libraries.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "spikeformers.train.checkpoint"])
 
 
 def save_for_ever(root, report, full_at=0):

@@ -12,10 +12,10 @@ demo: $(VENV)/installed
 	@echo "Next: . $(VENV)/bin/activate && spikeformers --help"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

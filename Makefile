@@ -11,15 +11,11 @@ demo: $(VENV)/installed
 	$(BIN)/spikeformers train digits
 	@echo "Next: . $(VENV)/bin/activate && spikeformers --help"
 
-# Two processes: the libraries of other runtimes, once loaded, can bring down training in the same one.
-RUNTIMES := tests/benchmarks tests/cli tests/deploy tests/docs
-
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(RUNTIMES)
-	$(BIN)/python -m pytest tests $(RUNTIMES:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ within rounding of a threshold may flip, unless the network was prepared with ex
 """
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ class OpenVINOModel(nn.Module):
 
     def __init__(self, engine: IntegerModel, images: Tensor) -> None:
         super().__init__()
-        _openvino()
+        _core()
         self.axis = images.ndim - 4  # of the batch
         self.sizes = [size for axis, size in enumerate(images.shape) if axis != self.axis]
         self.graph = onnx_graph(engine, images, form="qdq", listen=True).SerializeToString()
@@ -92,8 +93,9 @@ class OpenVINOModel(nn.Module):
         """
         key = (listen, alone, torch.get_num_threads())
         if key not in self.compiled:
-            openvino = _openvino()
-            core = openvino.Core()
+            core = _core()
+            import openvino
+
             graph = core.read_model(self.graph)
             if not listen:
                 graph = openvino.Model(graph.get_results()[:1], graph.get_parameters())
@@ -134,11 +136,17 @@ def _echoes(engine: IntegerModel) -> nn.Module:
     return tree
 
 
-def _openvino() -> Any:
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's runtime, one for the process and for good. Raises ImportError without the extra.
+
+    Each has a signal stack that it gives the thread. Of two that go in the order they came, the second gives back the
+    one of the first, which is gone: the next signal, Ctrl-C say, then ends the process (OpenVINO 2026.4).
+    """
     try:
         import openvino
     except ImportError as error:
         raise ImportError(
             'backend="openvino" needs the extra "openvino": pip install "spikeformers[openvino]"'
         ) from error
-    return openvino
+    return openvino.Core()

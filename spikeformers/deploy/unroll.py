@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from spikeformers.energy.marks import SpikeMarks
 from spikeformers.neurons import IELIF, ILIF, LIF, NILIF, Neuron
 
 
@@ -71,12 +72,7 @@ class BinarySpikes(Tensor):
 
 
 METADATA = ("size", "numel", "dim", "stride", "is_floating_point", "is_contiguous", "__len__")
-MOVES = (  # what leaves spikes spikes for energy.measure too
-    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
-    *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "T", "mT", "__getitem__"),
-    *("chunk", "split", "unbind", "swapaxes", "swapdims", "movedim", "moveaxis", "narrow", "select", "index_select"),
-    *("tile", "pixel_shuffle", "pixel_unshuffle"),
-)
+MOVES = (*SpikeMarks.MOVES, "T", "mT")  # what leaves spikes spikes for energy.measure too
 BIASED = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 UNBIASED = ("matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "einsum")
 HIDDEN = ("addmm", "addmv", "addbmm", "baddbmm", "bilinear", "multi_head_attention_forward")  # products inside

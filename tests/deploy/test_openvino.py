@@ -1,7 +1,9 @@
 """The engine in OpenVINO: its numbers are the torch engine's, and its convolutions of spikes run in 8 bits."""
 
 import copy
+import gc
 import pickle
+import signal
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ def test_where_float_sums_are_exact_every_bit_is_the_torch_engines(pair, dyadic_
     assert theirs.flip_rates
     for again in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         assert torch.equal(again(images), wanted)
+
+
+def test_ctrl_c_is_heard_after_engines_came_and_went(pair, dyadic_images):
+    first, second = copy.deepcopy(pair[2]), copy.deepcopy(pair[2])
+    for engine in (first, second):
+        engine(dyadic_images(1))
+    del first, engine
+    gc.collect()
+    del second
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):  # on a signal stack that is gone this would end the process
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_another_size_and_other_steps_are_refused(pair, dyadic_images):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spikeformers.backbones import meta_spikeformer, qsd_transformer, spikformer
+from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import closest, set_steps
 from spikeformers.quantize import convert, fold, plain, prepare
@@ -25,11 +26,12 @@ class Entry:
     config: Any  # a frozen dataclass with build()
     stem: str
     paper: str
-    data: str = "imagenet"  # what the paper trains it on: "imagenet", "cifar10" or "events"
+    data: str = "imagenet"  # what the paper trains it on: imagenet, cifar10, events, ade20k, cityscapes or voc
     image_size: int = 224  # pixels a side there
 
 
 META_SPIKEFORMER = "Spike-driven Transformer V2: Meta Spiking Neural Network Architecture (ICLR 2024)"
+SPIKE2FORMER = "Spike2Former: Efficient Spiking Transformer for High-performance Image Segmentation (AAAI 2025)"
 QSD_TRANSFORMER = "Quantized Spike-driven Transformer (ICLR 2025)"
 
 SPIKFORMER = {
@@ -54,6 +56,41 @@ CATALOGUE |= {
 }
 
 
+def _fpn(backbone: str, head: SemanticFPNConfig, data: str, **shared: Any) -> SegmenterConfig:
+    """Semantic FPN on a backbone of the catalogue."""
+    return SegmenterConfig(CATALOGUE[backbone].config, head, num_classes=SEGMENTATION_CLASSES[data], **shared)
+
+
+def _spike2former(data: str, **sizes: int) -> SegmenterConfig:
+    """Spike2Former on the smallest Meta-SpikeFormer, with its attention scaled by head width."""
+    backbone = dataclasses.replace(meta_spikeformer.SIZES["meta_spikeformer_15m"], attention="sdsa3_width")
+    return SegmenterConfig(backbone, Spike2FormerConfig(**sizes), num_classes=SEGMENTATION_CLASSES[data])
+
+
+SEGMENTATION_CLASSES = {"ade20k": 150, "cityscapes": 19, "voc": 21}
+# 58.9 M with the 55M backbone is a neck of 256 channels before a head of 128; the code has 256 for both (61.5 M).
+for _data in ("ade20k", "voc"):
+    for _size, _neck in (("15m", 128), ("55m", 256)):
+        _config = _fpn(f"meta_spikeformer_{_size}", SemanticFPNConfig(neck_dim=_neck), _data, neuron="lif", steps=4)
+        CATALOGUE[f"meta_spikeformer_{_size}_fpn_{_data}"] = Entry(
+            _config, "meta_spikeformer", META_SPIKEFORMER, _data, 512
+        )
+for _size in ("t", "m"):
+    _config = _fpn(
+        f"qsd_transformer_{_size}",
+        SemanticFPNConfig(neck="batch_norm"),
+        "ade20k",
+        neuron="ie_lif",
+        head_neuron="ni_lif",
+        bits=4,
+    )
+    CATALOGUE[f"qsd_transformer_{_size}_fpn_ade20k"] = Entry(_config, "qsd_transformer", QSD_TRANSFORMER, "ade20k", 512)
+
+
+for _data, _sizes in (("ade20k", {}), ("cityscapes", {"encoder_hidden": 2048}), ("voc", {})):
+    CATALOGUE[f"spike2former_{_data}"] = Entry(_spike2former(_data, **_sizes), "spike2former", SPIKE2FORMER, _data, 512)
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names in the catalogue that match the shell `pattern`, sorted."""
     return sorted(fnmatch.filter(CATALOGUE, pattern))
@@ -71,14 +108,33 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     # JSON and command lines bring lists where configs hold tuples.
     values = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
     _check_types(name, config, values)
-    model = dataclasses.replace(config, **values).build()
+    model = _replaced(config, values).build()
     model.origin = Origin(name, values)
     return model
 
 
+def _options(config: Any) -> dict[str, Any]:
+    """Every option of a config with its default: those of its parts (backbone, head) too, which its own go before."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    parts = {name: value for name, value in fields.items() if dataclasses.is_dataclass(value)}
+    inside = {name: value for part in parts.values() for name, value in _options(part).items()}
+    return inside | {name: value for name, value in fields.items() if name not in parts}
+
+
+def _replaced(config: Any, values: dict[str, Any]) -> Any:
+    """`config` with these options changed, each where it stands."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    own = {name: value for name, value in values.items() if name in fields}
+    rest = {name: value for name, value in values.items() if name not in fields}
+    for name, part in fields.items():
+        if dataclasses.is_dataclass(part):
+            own[name] = _replaced(part, {option: rest[option] for option in rest.keys() & _options(part).keys()})
+    return dataclasses.replace(config, **own)
+
+
 def _check_types(name: str, config: Any, values: dict[str, Any]) -> None:
     """Raises ValueError unless every value is of the type that the config has there (or a builder, for a choice)."""
-    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    known = _options(config)
     for field, value in values.items():
         if field not in known:
             raise ValueError(f"{name} has no option {field!r}; {closest(field, known)}")

@@ -4,13 +4,15 @@ import os
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # neurons.surrogate and quantize.lsq are left out: the compiler cannot trace autograd functions through the checker's
 # wrappers.
 CHECKED = (
-    *("neurons.integer", "neurons.lif", "neurons.neuron", "neurons.steps", "layers", "attention", "backbones"),
+    *("neurons.integer", "neurons.lif", "neurons.neuron", "neurons.steps", "layers", "attention", "backbones", "heads"),
     *("quantize.convert", "quantize.prepare"),
 )
 jaxtyping.install_import_hook([f"spikeformers.{name}" for name in CHECKED], "beartype.beartype")
@@ -40,3 +42,27 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set SPIKEFORMERS_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory) -> Path:
+    """A maskfolder: a red square and a blue band on grey noise, and a corner that counts nowhere; 6 for training, 4 of
+    two sizes for testing."""
+    root = tmp_path_factory.mktemp("painted")
+    (root / "classes.txt").write_text("ground 128 128 128\nsquare 220 20 20\nband 20 20 220\n")
+    random = np.random.RandomState(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for index in range(count):
+            height, width = (32, 48) if split == "val" and index % 2 else (32, 32)
+            mask = np.zeros((height, width), dtype=np.uint8)
+            top, left = random.randint(2, 14, size=2)
+            mask[24:29] = 2
+            mask[top : top + 12, left : left + 12] = 1
+            colours = np.array([(128, 128, 128), (220, 20, 20), (20, 20, 220)])[mask]
+            pixels = np.clip(colours + random.randint(-20, 20, size=colours.shape), 0, 255).astype(np.uint8)
+            mask[:3, :3] = 255
+            Image.fromarray(pixels).save(root / split / "images" / f"{index}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{index}.png")
+    return root

@@ -1,7 +1,16 @@
 """Spiking attention operators, and the ones they are measured against."""
 
+from spikeformers.attention.balance import balance
 from spikeformers.attention.q_sdsa import MPRF, QSDSA, Rectified, integer_attention
-from spikeformers.attention.sdsa import SDSA, SDSA1, SDSA2, SDSA3, SDSA4
+from spikeformers.attention.sdda import (
+    SDDA,
+    DepthwiseQuery,
+    ReleasedSDDA,
+    SpikeQuery,
+    SpikingQuerySDDA,
+    deformable_sampling,
+)
+from spikeformers.attention.sdsa import SDSA, SDSA1, SDSA2, SDSA3, SDSA4, WidthScaledSDSA
 from spikeformers.attention.ssa import SCALE, SSA, LearnableScaleSSA, SpikeAttention, spike_attention
 from spikeformers.attention.vsa import VSA, IdentityMap, LeakyReLUMap, ReLUMap, SoftmaxAttention, VSAFloatV
 
@@ -9,6 +18,7 @@ __all__ = [
     "MPRF",
     "QSDSA",
     "SCALE",
+    "SDDA",
     "SDSA",
     "SDSA1",
     "SDSA2",
@@ -16,14 +26,21 @@ __all__ = [
     "SDSA4",
     "SSA",
     "VSA",
+    "DepthwiseQuery",
     "IdentityMap",
     "LeakyReLUMap",
     "LearnableScaleSSA",
     "ReLUMap",
     "Rectified",
+    "ReleasedSDDA",
     "SoftmaxAttention",
     "SpikeAttention",
+    "SpikeQuery",
+    "SpikingQuerySDDA",
     "VSAFloatV",
+    "WidthScaledSDSA",
+    "balance",
+    "deformable_sampling",
     "integer_attention",
     "spike_attention",
 ]

@@ -53,4 +53,36 @@ class SDSA4(SDSA3):
         return neuron(threshold=nn.Parameter(torch.tensor(ATTENTION_THRESHOLD)))
 
 
-SDSA = {"sdsa1": SDSA1, "sdsa2": SDSA2, "sdsa3": SDSA3, "sdsa4": SDSA4}
+class WidthScaledSDSA(SDSA3):
+    """SDSA-3 with scale K^(-1/2) for head width K and threshold 1, as in Spike2Former's backbone."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        neuron: NeuronBuilder,
+        heads: int = 8,
+        qkv: Projection | None = None,
+        proj: Projection | None = None,
+    ) -> None:
+        super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj, scale=(dim // heads) ** -0.5)
+
+    def mixed_neuron(self, *, neuron: NeuronBuilder) -> nn.Module:
+        return neuron()
+
+
+class LearnableScaleSDSA(WidthScaledSDSA):
+    """The same with a learnable scale, for training from random weights: `balance` finds where it starts."""
+
+    def started_at(self, scale: float) -> nn.Parameter:
+        return nn.Parameter(torch.tensor(scale))
+
+
+SDSA = {
+    "sdsa1": SDSA1,
+    "sdsa2": SDSA2,
+    "sdsa3": SDSA3,
+    "sdsa4": SDSA4,
+    "sdsa3_width": WidthScaledSDSA,
+    "sdsa3_learned": LearnableScaleSDSA,
+}

@@ -23,7 +23,7 @@ SCALE = 0.125  # fixed in the authors' code whatever the head width
 
 
 def spike_attention(
-    q: Float[Tensor, "TB M K N"], k: Float[Tensor, "TB M K N"], v: Float[Tensor, "TB M K N"]
+    q: Float[Tensor, "TB M K N"], k: Float[Tensor, "TB M K S"], v: Float[Tensor, "TB M K S"]
 ) -> Float[Tensor, "TB M K N"]:
     """Q (K^T V) of spike maps with tokens last, M heads of width K: for token n, sum_m (q_n . k_m) v_m.
 

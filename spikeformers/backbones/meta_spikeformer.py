@@ -17,12 +17,12 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from spikeformers.attention import QSDSA, SDSA, Rectified, SoftmaxAttention
-from spikeformers.backbones.features import FeatureInfo
 from spikeformers.layers import (
     SHORTCUTS,
     ChannelConv,
     ChannelMLP,
     ConvBN,
+    FeatureInfo,
     LayerScaleBlock,
     MembraneShortcut,
     Mixer,
@@ -73,8 +73,9 @@ class MetaSpikeFormerConfig:
     """Every size and every switch of Table 5; each named choice may also be a builder of your own.
 
     `conv_token_mixer`, `conv_channel_mixer`: of conv blocks.  `attention`, `channel_mixer`: token and channel mixer of
-    transformer blocks.  Token mixers: sep_conv, sdsa1..sdsa4, q_sdsa (QSD-Transformer's), softmax (an ANN's), identity,
-    pooling; for conv blocks also none, which drops the shortcut too.  Channel mixers: conv, mlp, identity.
+    transformer blocks.  Token mixers: sep_conv, sdsa1..sdsa4, sdsa3_width (Spike2Former's), sdsa3_learned (for
+    `attention.balance`), q_sdsa (QSD-Transformer's), softmax (an ANN's), identity, pooling; for conv blocks also none,
+    which drops the shortcut too.  Channel mixers: conv, mlp, identity.
     `qkv`, `proj`: rep_conv, linear, or these with an MPRF behind, rep_conv_mprf, linear_mprf.
     `shortcut`: ms, sew, vs.
     `layer_scale`: what learnable factors of the branches of transformer blocks start at; 0: there are none.
@@ -111,6 +112,10 @@ class MetaSpikeFormerConfig:
 
     def build(self) -> "MetaSpikeFormer":
         return MetaSpikeFormer(self)
+
+    def build_stages(self) -> "MetaSpikeFormerStages":
+        """The network without its classifier."""
+        return MetaSpikeFormerStages(self)
 
 
 PROJECTIONS = {"rep_conv": RepConv, "linear": partial(ConvBN, kernel=1)}
@@ -191,11 +196,10 @@ def _levels(config: MetaSpikeFormerConfig) -> list[_Level]:
     return levels
 
 
-class MetaSpikeFormer(Pretrained):
-    """Images [B, C, H, W] or clips [T, B, C, H, W] -> logits [B, num_classes].
+class MetaSpikeFormerStages(nn.Module):
+    """The network without its classifier, for heads that read maps.
 
     `forward_features` gives the map of every level, [T*B, C_i, H_i, W_i] with time folded in, as `feature_info` lists.
-    In training with `distillation`, `forward` gives the pair (logits, logits_kd).
     """
 
     def __init__(self, config: MetaSpikeFormerConfig) -> None:
@@ -217,19 +221,6 @@ class MetaSpikeFormer(Pretrained):
         for level in levels:
             strides.append(strides[-1] * max(level.stride, 1))
         self.feature_info = FeatureInfo(self.level_names, dims[1:], tuple(strides[1:]))
-
-        # A stream of spikes needs no neuron here; un-spiked, only the second classifier would use it.
-        spiked = not _shortcut(config).carries_spikes and (config.head_spikes or config.distillation)
-        self.head_neuron = _neuron(config)() if spiked else nn.Identity()
-        self.head = nn.Linear(dims[-1], config.num_classes)
-        self.head_kd = nn.Linear(dims[-1], config.num_classes) if config.distillation else None
-        # One each: in a stream a mean over time carries its own sum.
-        self.time_mean = TimeMean(steps=config.steps)
-        self.time_mean_kd = TimeMean(steps=config.steps) if config.distillation else None
-        for head in (self.head, self.head_kd):
-            if head is not None:
-                nn.init.trunc_normal_(head.weight, std=0.02)
-                nn.init.zeros_(head.bias)
 
     @property
     def steps(self) -> int:
@@ -254,6 +245,29 @@ class MetaSpikeFormer(Pretrained):
             x = getattr(self, name)(x)
             maps.append(x)
         return maps
+
+
+class MetaSpikeFormer(MetaSpikeFormerStages, Pretrained):
+    """Images [B, C, H, W] or clips [T, B, C, H, W] -> logits [B, num_classes].
+
+    In training with `distillation`, `forward` gives the pair (logits, logits_kd).
+    """
+
+    def __init__(self, config: MetaSpikeFormerConfig) -> None:
+        super().__init__(config)
+        # A stream of spikes needs no neuron here; un-spiked, only the second classifier would use it.
+        spiked = not _shortcut(config).carries_spikes and (config.head_spikes or config.distillation)
+        width = self.feature_info.channels[-1]
+        self.head_neuron = _neuron(config)() if spiked else nn.Identity()
+        self.head = nn.Linear(width, config.num_classes)
+        self.head_kd = nn.Linear(width, config.num_classes) if config.distillation else None
+        # One each: in a stream a mean over time carries its own sum.
+        self.time_mean = TimeMean(steps=config.steps)
+        self.time_mean_kd = TimeMean(steps=config.steps) if config.distillation else None
+        for head in (self.head, self.head_kd):
+            if head is not None:
+                nn.init.trunc_normal_(head.weight, std=0.02)
+                nn.init.zeros_(head.bias)
 
     def forward(self, x: Tensor) -> Float[Tensor, "B L"] | tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
         # The mean over pixels comes first and its neuron second (a spike per channel), as in the authors' code.

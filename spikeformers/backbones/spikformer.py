@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from spikeformers.attention import SSA, VSA, IdentityMap, LeakyReLUMap, LearnableScaleSSA, ReLUMap, VSAFloatV
 from spikeformers.attention import SoftmaxAttention as Softmax
-from spikeformers.backbones.features import FeatureInfo
 from spikeformers.layers import SHORTCUTS, ChannelMLP, ConvBN, Mixer, Pretrained, TransformerBlock
+from spikeformers.layers.features import FeatureInfo
 from spikeformers.neurons import Door, NeuronBuilder, TimeMean, choose, neuron_builder
 
 Shortcut = Callable[..., nn.Module]

@@ -4,7 +4,10 @@ Harmless conversions are made: palette, black-and-white, CMYK and YCbCr to the m
 white; grey to RGB by repeating; RGB to grey by luma.  Deeper pictures (16 bit, float) and others are refused."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -12,6 +15,12 @@ from PIL import Image, UnidentifiedImageError
 MODES = {1: "L", 3: "RGB"}
 _TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 _HARMLESS = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"} | _TRANSPARENT
+
+
+class Stored(Protocol):
+    """An encoded file somewhere: a `Path`, or a member of an archive."""
+
+    def read_bytes(self) -> bytes: ...
 
 
 class UnreadablePictureError(ValueError):
@@ -22,7 +31,7 @@ class UnreadablePictureError(ValueError):
         super().__init__(message.strip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-def decode(source: Path | bytes | np.ndarray, *, name: str, channels: int) -> Image.Image:
+def decode(source: Stored | bytes | np.ndarray, *, name: str, channels: int) -> Image.Image:
     """The picture at a path, in bytes or in uint8 pixels, wholly decoded, in mode L (`channels` = 1) or RGB (3).
 
     Raises UnreadablePictureError (a ValueError) with `name` if the file is missing, is no picture, is truncated, or has
@@ -30,16 +39,32 @@ def decode(source: Path | bytes | np.ndarray, *, name: str, channels: int) -> Im
     """
     if isinstance(source, np.ndarray):
         return _convert(Image.fromarray(source), name=name, channels=channels)
-    try:
-        encoded = source.read_bytes() if isinstance(source, Path) else source
-        picture = Image.open(io.BytesIO(encoded))
+    return _convert(opened(source, name=name), name=name, channels=channels)
+
+
+def opened(source: Stored | bytes, *, name: str) -> Image.Image:
+    """The picture wholly decoded, in the mode of its file.  Raises UnreadablePictureError naming it."""
+    with _errors_named(name):
+        picture = Image.open(io.BytesIO(source if isinstance(source, bytes) else source.read_bytes()))
         picture.load()
+        return picture
+
+
+def height_width(source: Stored, *, name: str) -> tuple[int, int]:
+    """The size of a picture from its header alone.  Raises UnreadablePictureError naming it."""
+    with _errors_named(name), Image.open(source if isinstance(source, Path) else io.BytesIO(source.read_bytes())) as it:
+        return it.height, it.width
+
+
+@contextmanager
+def _errors_named(name: str) -> Iterator[None]:
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise UnreadablePictureError(f"cannot read image {name}: not a picture format that pillow knows") from error
     except Exception as error:  # pillow's decoders raise OSError, SyntaxError, struct.error, IndexError and more
         reason = getattr(error, "strerror", None) or str(error).replace("\n", " ") or type(error).__name__
         raise UnreadablePictureError(f"cannot read image {name}: {reason}") from error
-    return _convert(picture, name=name, channels=channels)
 
 
 def _convert(picture: Image.Image, *, name: str, channels: int) -> Image.Image:

@@ -70,7 +70,10 @@ class ImageData:
 
 
 def statistics(spec: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of the model's input before normalising, for pixels in 0..1."""
+    """Mean and standard deviation per channel of a model's input before normalising, for pixels in 0..1.
+
+    Any spec with `source` and `in_channels` will do.
+    """
     mean, std = _STATISTICS.get(spec.source, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     if len(mean) == spec.in_channels:
         return tuple(mean), tuple(std)

@@ -54,7 +54,7 @@ def folder(root: str, split: str, *, source: str, limit: int) -> Listing:
 
     Raises ValueError if the root or its split is missing, or a class folder holds no picture.
     """
-    top = _existing(root, source)
+    top = existing(root, source)
     tests = FOLDERS[source]
     test = next((top / name for name in tests if (top / name).is_dir()), None)
     train = top / "train"
@@ -73,7 +73,8 @@ def folder(root: str, split: str, *, source: str, limit: int) -> Listing:
     return found.chosen(balanced_prefix(found.labels, limit))
 
 
-def _existing(root: str, source: str) -> Path:
+def existing(root: str, source: str) -> Path:
+    """The folder `root`.  Raises ValueError if none is named or there is none."""
     if not root:
         raise ValueError(f"data.source={source} needs data.root: the folder of the data")
     top = Path(root).expanduser()
@@ -122,7 +123,7 @@ def cifar(root: str, split: str, *, source: str, limit: int) -> Listing:
     """torchvision's CIFAR-10 or CIFAR-100 as already downloaded to `root`; a limit takes the first pictures."""
     kind = CIFAR10 if source == "cifar10" else CIFAR100
     try:
-        data = kind(_existing(root, source), train=split == "train", download=False)
+        data = kind(existing(root, source), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{root} does not hold {kind.base_folder}, unpacked and whole: "
@@ -140,7 +141,7 @@ def parquet(root: str, split: str, *, limit: int) -> Listing:
     memory.
     Raises ValueError for missing files, columns or labels.
     """
-    top = _existing(root, "parquet")
+    top = existing(root, "parquet")
     files = _parquet_files(top, ("train",) if split == "train" else PARQUET_TESTS)
     groups: list[pa.Table] = []
     for file in files:

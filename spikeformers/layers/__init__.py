@@ -2,6 +2,8 @@
 
 from spikeformers.layers.block import LayerScaleBlock, Mixer, TransformerBlock
 from spikeformers.layers.conv_bn import ConvBN, NormChain, bn_affine, conv2d_from, merge_conv_bn
+from spikeformers.layers.esc import ESC, Pointwise
+from spikeformers.layers.features import FeatureInfo
 from spikeformers.layers.mlp import ChannelConv, ChannelMLP
 from spikeformers.layers.pretrained import Pretrained, low_bit_layers
 from spikeformers.layers.rep_conv import RepConv
@@ -16,15 +18,18 @@ from spikeformers.layers.shortcut import (
 )
 
 __all__ = [
+    "ESC",
     "SHORTCUTS",
     "ChannelConv",
     "ChannelMLP",
     "ConvBN",
+    "FeatureInfo",
     "IAndShortcut",
     "LayerScaleBlock",
     "MembraneShortcut",
     "Mixer",
     "NormChain",
+    "Pointwise",
     "Pretrained",
     "RepConv",
     "ResidualShortcut",

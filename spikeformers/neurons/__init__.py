@@ -4,20 +4,31 @@ from functools import partial
 
 from torch import nn
 
-from spikeformers.neurons.integer import IELIF, ILIF, NILIF, i_lif, ie_lif, ni_lif
+from spikeformers.neurons.integer import IELIF, ILIF, NILIF, SigmoidL2, i_lif, ie_lif, ni_lif
 from spikeformers.neurons.lif import LIF
 from spikeformers.neurons.neuron import Neuron, NeuronBuilder, as_membrane
-from spikeformers.neurons.steps import Door, Stream, Temporal, TimeMean, set_steps, streaming, temporal_modules
+from spikeformers.neurons.steps import (
+    AfterTime,
+    Door,
+    Stream,
+    Temporal,
+    TimeMean,
+    set_steps,
+    streaming,
+    temporal_modules,
+)
 from spikeformers.neurons.suggest import choose, closest
 from spikeformers.neurons.surrogate import ATan, Rectangle, Sigmoid
 
-LEVELLED = (ILIF, IELIF, NILIF)  # take `levels`
+LEVELLED = (ILIF, IELIF, NILIF, SigmoidL2)  # take `levels`
 NEURONS = {
     "lif": LIF,
     "i_lif": ILIF,
     "ie_lif": IELIF,
     "ie_lif_leaky": partial(IELIF, decay=0.5),  # with the membrane of QSD-Transformer's Eqs. 1-3, which its code lacks
     "ni_lif": NILIF,
+    "ni_lif_const8": partial(NILIF, norm=8),  # these two: Spike2Former's ablations of its norm (Table 3)
+    "sigmoid_l2": SigmoidL2,
 }
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}  # stand in neurons' places in the ANN twin of a network
 
@@ -32,7 +43,7 @@ def neuron_builder(neuron: str | NeuronBuilder, *, levels: int = 4, steps: int =
     if isinstance(neuron, str):
         if neuron in ACTIVATIONS:
             activation = ACTIVATIONS[neuron]
-            return lambda threshold=1.0: activation()
+            return lambda threshold=1.0, steps=1: activation()
         if neuron not in NEURONS:
             raise ValueError(f"unknown neuron {neuron!r}; {closest(neuron, (*NEURONS, *ACTIVATIONS))}")
         neuron = NEURONS[neuron]
@@ -52,15 +63,18 @@ __all__ = [
     "ACTIVATIONS",
     "IELIF",
     "ILIF",
+    "LEVELLED",
     "LIF",
     "NEURONS",
     "NILIF",
     "ATan",
+    "AfterTime",
     "Door",
     "Neuron",
     "NeuronBuilder",
     "Rectangle",
     "Sigmoid",
+    "SigmoidL2",
     "Stream",
     "Temporal",
     "TimeMean",

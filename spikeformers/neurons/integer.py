@@ -8,7 +8,8 @@ Departures from the papers: as in the released code there is no membrane between
 """
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spikeformers.neurons.neuron import Neuron
 from spikeformers.neurons.surrogate import round_half_even, round_half_up
@@ -79,15 +80,26 @@ class ILIF(_IntegerNeuron):
 
 
 class NILIF(_IntegerNeuron):
-    """Counts divided by `levels`; see `ni_lif`."""
+    """Counts divided by `norm`; see `ni_lif`. None: by `levels`.
+
+    A `norm` of 8 beside 4 levels is Spike2Former's ablation "Norm with Const 8" (Table 3).
+    """
 
     def __init__(
-        self, *, steps: int = 1, levels: int = 4, threshold: float | Tensor = 1.0, decay: float | None = None
+        self,
+        *,
+        steps: int = 1,
+        levels: int = 4,
+        threshold: float | Tensor = 1.0,
+        norm: int | None = None,
+        decay: float | None = None,
     ) -> None:
-        super().__init__(steps=steps, levels=levels, unit=1.0 / levels, threshold=threshold, decay=decay)
+        norm = levels if norm is None else norm
+        super().__init__(steps=steps, levels=levels, unit=1.0 / norm, threshold=threshold, decay=decay)
+        self.norm = norm
 
     def spike(self, h: Tensor) -> Tensor:
-        return ni_lif(h, levels=self.levels)
+        return i_lif(h, levels=self.levels) / self.norm
 
 
 class IELIF(_IntegerNeuron):
@@ -115,3 +127,20 @@ class IELIF(_IntegerNeuron):
 
     def spike(self, h: Tensor) -> Tensor:
         return round_half_up(h, self.levels) * self.unit
+
+
+class SigmoidL2(nn.Module):
+    """Counts of levels * sigmoid(current), divided by their length over channels [T*B, C, ...].
+
+    Spike2Former's ablation "Norm with Sigmoid & L2" (Table 3), of which the paper says no more than that it does not
+    converge. What it gives are real numbers: its counts have no common unit.
+    """
+
+    def __init__(
+        self, *, steps: int = 1, levels: int = 4, threshold: float | Tensor = 1.0, decay: float | None = None
+    ) -> None:
+        super().__init__()
+        self.counts = ILIF(steps=steps, levels=levels, threshold=threshold, decay=decay)
+
+    def forward(self, current: Float[Tensor, "TB C *shape"]) -> Float[Tensor, "TB C *shape"]:
+        return F.normalize(self.counts(self.counts.levels * current.sigmoid()), dim=1)

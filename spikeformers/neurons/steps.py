@@ -102,9 +102,21 @@ class TimeMean(Temporal):
         return total / self.steps
 
 
+class AfterTime(nn.Module):
+    """Base of parts that read averages over time: their neurons run one step, whatever T the rest of a model runs."""
+
+
 def temporal_modules(model: nn.Module) -> dict[str, Temporal]:
-    """The modules of `model` that know about time, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Temporal)}
+    """The modules of `model` that know about time, by name; nothing inside an `AfterTime` does."""
+    found, after = {}, []
+    for name, module in model.named_modules():
+        if name.startswith(tuple(after)):
+            continue
+        if isinstance(module, AfterTime):
+            after.append(f"{name}.".lstrip("."))
+        elif isinstance(module, Temporal):
+            found[name] = module
+    return found
 
 
 def set_steps(model: nn.Module, steps: int) -> nn.Module:

@@ -13,3 +13,8 @@ class FeatureInfo:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def pyramid(self) -> tuple[int, ...]:
+        """Indices of the last map of each stride, fine to coarse: what heads of feature pyramids read."""
+        last = {stride: index for index, stride in enumerate(self.strides)}
+        return tuple(last[stride] for stride in sorted(last))

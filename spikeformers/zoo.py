@@ -9,14 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from spikeformers.backbones import meta_spikeformer, qsd_transformer, spikformer
 from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import closest, set_steps
 from spikeformers.quantize import convert, fold, plain, prepare
-from spikeformers.weights import load_official, load_strict, read_checkpoint
+from spikeformers.weights import load_official, load_strict, read_checkpoint, untold
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     if name not in CATALOGUE:
         raise ValueError(f"unknown model {name!r}; {closest(name, CATALOGUE)}")
     config = CATALOGUE[name].config
-    # JSON and command lines bring lists where configs hold tuples.
-    values = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
-    _check_types(name, config, values)
+    values = _fitting(name, config, overrides)
     model = _replaced(config, values).build()
     model.origin = Origin(name, values)
     return model
@@ -132,13 +130,18 @@ def _replaced(config: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **own)
 
 
-def _check_types(name: str, config: Any, values: dict[str, Any]) -> None:
-    """Raises ValueError unless every value is of the type that the config has there (or a builder, for a choice)."""
-    known = _options(config)
-    for field, value in values.items():
+def _fitting(name: str, config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides` as the config holds them: JSON and command lines bring lists for tuples and 4 for 4.0.
+
+    Raises ValueError unless every value is of the type that the config has there (or a builder, for a choice).
+    """
+    known, values = _options(config), {}
+    for field, value in overrides.items():
         if field not in known:
             raise ValueError(f"{name} has no option {field!r}; {closest(field, known)}")
         default = known[field]
+        value = tuple(value) if isinstance(value, list) else value
+        value = float(value) if type(value) is int and type(default) is float else value
         if isinstance(default, tuple):
             fits = isinstance(value, tuple) and all(type(entry) is type(default[0]) for entry in value)
             wanted = f"a tuple of {type(default[0]).__name__}"
@@ -147,22 +150,47 @@ def _check_types(name: str, config: Any, values: dict[str, Any]) -> None:
             wanted = type(default).__name__
         if not fits:
             raise ValueError(f"{name}: option {field} must be {wanted}, such as {default!r}, got {value!r}")
+        values[field] = value
+    return values
 
 
 def import_checkpoint(path: str | Path, *, name: str, out: str | Path, overrides: dict[str, Any]) -> str:
     """Read the authors' checkpoint `path` into the model `name` and save it to the folder `out`; says what it dropped.
 
     A second classifier in the file (distillation) is kept if `overrides` ask for it.  Raises ValueError, with `out` not
-    touched, if the file is unsafe, damaged or of another network.
+    touched, if the file is unsafe, damaged or of another network, or cannot tell what `overrides` do not either.
     """
     weights = read_checkpoint(path)
-    heads = [tensor.shape[0] for key, tensor in weights.items() if key.removeprefix("module.") == "head.weight"]
-    if heads and "num_classes" not in overrides:
-        overrides = {"num_classes": heads[0], **overrides}
+    segments = name in CATALOGUE and isinstance(CATALOGUE[name].config, SegmenterConfig)
+    if segments:
+        _check_told(name, overrides)
+    classes = _classes_in(weights, segments=segments)
+    if classes is not None and "num_classes" not in overrides:
+        overrides = {"num_classes": classes, **overrides}
     model = create_model(name, **overrides)
+    if segments and model.quantization and any(key.endswith(".alpha") for key in weights):
+        prepare(model, bits={"backbone.*": model.config.bits})  # the authors' heads have float weights
     report = load_official(model, weights)
     folder = model.save_pretrained(out)
     return f"{report}; saved to {folder}"
+
+
+def _check_told(name: str, overrides: dict[str, Any]) -> None:
+    """Raises ValueError unless `overrides` hold what no checkpoint of the segmenter `name` tells."""
+    told = untold(CATALOGUE[name].config)
+    if missing := [option for option in told if option not in overrides]:
+        reasons = "; ".join(f"{option}: {told[option]}" for option in missing)
+        raise ValueError(
+            f"{name}: a checkpoint does not tell {', '.join(missing)}, and the result depends on it: say it "
+            f"({reasons}). Of the authors' 1x4 files, for example: --set levels=4 alpha=4.0 layout=released"
+        )
+
+
+def _classes_in(weights: dict[str, Tensor], *, segments: bool) -> int | None:
+    """How many classes the authors' checkpoint tells apart, of images or of pixels; None if it has no such layer."""
+    less = {"decode_head.conv_seg.weight": 0, "decode_head.cls_embed.weight": 1} if segments else {"head.weight": 0}
+    found = {key.removeprefix("module."): tensor.shape[0] for key, tensor in weights.items() if key.endswith(".weight")}
+    return next((found[key] - less[key] for key in less if key in found), None)
 
 
 def from_pretrained(source: str | Path) -> nn.Module:

@@ -91,6 +91,10 @@ def test_the_root_exports_its_names_and_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_whole_number_will_do_for_a_float():
+    assert sf.create_model("qsd_transformer_t", **TINY, layer_scale=1).config.layer_scale == 1.0
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("mlp_ratio", 2.5), ("shortcut", 5), ("distillation", "false"), ("dims", (8, "16", 3, 4))]
 )

@@ -33,7 +33,7 @@ def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataL
     import torch
 
     from spikeformers import create_model, list_models, zoo
-    from spikeformers.data.images import load_split
+    from spikeformers.data.splits import load_split
     from spikeformers.train.evaluate import batches_of
     from spikeformers.train.saved import read_run, read_trained, run_of
 

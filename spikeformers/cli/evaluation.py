@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+    from spikeformers.energy.report import EnergyReport
+    from spikeformers.train.recipe import Recipe
 
 SEEN = 5  # classes that `predict` prints
 
@@ -16,9 +20,8 @@ def evaluate(arguments: Namespace) -> None:
     """Test the final model of a run again on the whole test split."""
     import torch
 
-    from spikeformers.data.images import load_split
-    from spikeformers.train.evaluate import batches_of
-    from spikeformers.train.evaluate import evaluate as run_test
+    from spikeformers.data.segmentation import SegmentationData
+    from spikeformers.data.splits import load_split
     from spikeformers.train.results import print_facts
     from spikeformers.train.saved import read_run
 
@@ -26,15 +29,38 @@ def evaluate(arguments: Namespace) -> None:
     if recipe.threads:  # float32 sums depend on the number of threads, and one flipped spike can turn a close call
         torch.set_num_threads(recipe.threads)
     split = load_split(recipe.data, "test", seed=recipe.seed)
-    found = run_test(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
-    rows = [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
+    test = segmentation_facts if isinstance(recipe.data, SegmentationData) else classification_facts
+    rows = test(model, recipe, split)
     if split.skipped:
         rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
     print_facts(arguments.run, rows)
 
 
+def classification_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -> list[tuple[str, str]]:
+    from spikeformers.train.evaluate import batches_of
+    from spikeformers.train.evaluate import evaluate as run_test
+
+    found = run_test(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    return [("Test accuracy", f"{100 * found.accuracy:.2f} % of {len(split):,} images"), ("Loss", f"{found.loss:.4f}")]
+
+
+def segmentation_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -> list[tuple[str, str]]:
+    from spikeformers.train.evaluate import batches_of
+    from spikeformers.train.segmentation import windows_of
+    from spikeformers.train.segmentation_evaluate import evaluate_segmentation
+
+    loader = batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers)
+    found = evaluate_segmentation(model, loader, windows=windows_of(recipe))
+    ious = [
+        (name, f"{100 * iou:.2f} %" if iou is not None else "absent")
+        for name, iou in found.by_class(split.classes).items()
+    ]
+    accuracy = f"{100 * found.pixel_accuracy:.2f} %, mean of classes {100 * found.mean_accuracy:.2f} %"
+    return [("mIoU", f"{100 * found.miou:.2f} % of {len(split):,} images"), ("Pixel accuracy", accuracy), *ious]
+
+
 def predict(arguments: Namespace) -> None:
-    """The likeliest classes of each image and the energy that its inference takes."""
+    """The likeliest classes of each image, or of its pixels, and the energy that its inference takes."""
     if Path(arguments.model).is_file():
         return predict_by_artifact(arguments)
     if arguments.backend != "torch":
@@ -42,11 +68,14 @@ def predict(arguments: Namespace) -> None:
     import torch
 
     from spikeformers import energy
-    from spikeformers.data.images import read_image
-    from spikeformers.train.results import short
+    from spikeformers.data.images import ImageData, read_image
     from spikeformers.train.saved import read_trained, run_of
 
     model, spec, classes = read_trained(arguments.model)
+    if not isinstance(spec, ImageData):
+        return predict_pixels(arguments)
+    if arguments.out:
+        raise ValueError("--out is for pictures with the classes of pixels: this network gives one to each picture")
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
     if run_of(Path(arguments.model)) is None:
         print(
@@ -56,9 +85,45 @@ def predict(arguments: Namespace) -> None:
         batch = image[None]
         with torch.no_grad():
             logits = model(batch)[0]
-        spent = energy.measure(model, batch)
-        print(f"{file}: {short(spent.total_mj)} mJ ({short(spent.ann_mj)} mJ as an ANN, {spent.convention})")
+        print(f"{file}: {spent(energy.measure(model, batch))}")
         print_likely(logits, classes)
+
+
+def predict_pixels(arguments: Namespace) -> None:
+    """The share of each class among the pixels of each image, and a picture of where they are."""
+    from spikeformers import energy
+    from spikeformers.train.prediction import PixelPredictor
+    from spikeformers.train.segmentation_pictures import shares_of
+
+    predictor = PixelPredictor(arguments.model)
+    targets = overlay_files(arguments.files, folder=Path(arguments.out))
+    images = [predictor.read(Path(file)) for file in arguments.files]  # all of them first: no half answer
+    for file, image, target in zip(arguments.files, images, targets, strict=True):
+        labels = predictor.labels(image)
+        print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
+        for index, share in shares_of(labels):
+            print(f"  {100 * share:6.2f} %  {predictor.classes[index]}")
+        predictor.picture(image, labels).save(target)
+        print(f"  written: {target}")
+
+
+def overlay_files(files: Sequence[str], *, folder: Path) -> list[Path]:
+    """FOLDER/STEM_overlay.png of each file. Raises ValueError if one would replace an input or another one."""
+    if not folder.is_dir():
+        raise ValueError(f"--out names a folder, and there is none called {folder}: make it first")
+    targets = [folder / f"{Path(file).stem}_overlay.png" for file in files]
+    inputs = {Path(file).resolve() for file in files}
+    for index, target in enumerate(targets):
+        if target.resolve() in inputs or target in targets[:index]:
+            raise ValueError(f"{target} would replace an input or another overlay: predict it alone, or with --out DIR")
+    return targets
+
+
+def spent(found: "EnergyReport") -> str:
+    """What one inference takes."""
+    from spikeformers.train.results import short
+
+    return f"{short(found.total_mj)} mJ ({short(found.ann_mj)} mJ as an ANN, {found.convention})"
 
 
 def predict_by_artifact(arguments: Namespace) -> None:

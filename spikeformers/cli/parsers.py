@@ -152,10 +152,12 @@ def add_eval(commands: "ActionSubCommands") -> None:
 def add_predict(commands: "ActionSubCommands") -> None:
     parser = new_parser(
         "The five likeliest classes of each image, and the energy of its inference beside that of an ANN; of a file of "
-        "`export` the average that its card tells.",
+        "`export` the average that its card tells. A segmentation network gives the share of each class among the "
+        "pixels instead, and draws them into NAME_overlay.png.",
         "spikeformers predict runs/digits seven.png",
         "spikeformers predict imported/55m photos/*.jpg",
         "spikeformers predict model.spk seven.png",
+        "spikeformers predict runs/camvid_spike2former street.png --out overlays",
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model, or file of `export`"
@@ -167,7 +169,8 @@ def add_predict(commands: "ActionSubCommands") -> None:
         choices=("torch", "openvino"),
         help="what runs a file of `export` (default: %(default)s)",
     )
-    add_command(commands, "predict", parser, "classify image files")
+    parser.add_argument("--out", default="", metavar="DIR", help="folder of the overlays (default: here)")
+    add_command(commands, "predict", parser, "classify image files or their pixels")
 
 
 def add_energy(commands: "ActionSubCommands") -> None:
@@ -232,8 +235,9 @@ def add_import(actions: "ActionSubCommands") -> None:
         "Turn a checkpoint of a paper's authors into a model folder; says what was dropped; never runs its code.",
         "spikeformers weights import 55M_kd.pth --model meta_spikeformer_55m --out imported/55m",
         "spikeformers weights import t4.pth --model meta_spikeformer_15m --set steps=4 --out imported/15m_t4",
+        "spikeformers weights import FILE --model spike2former_voc --set levels=4 alpha=4.0 layout=released --out voc",
     )
-    parser.add_argument("file", metavar="FILE", help="the authors' .pth file")
+    parser.add_argument("file", metavar="FILE", help="the authors' .pth file, of a classifier or of mmsegmentation")
     parser.add_argument("--model", required=True, metavar="NAME", help="what it is; see `spikeformers list`")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_setting(parser, "arguments of the model, such as num_classes=100")

@@ -28,6 +28,8 @@ class MaskLossWeights:
     """What class, mask (focal) and dice count for, in the costs of matching and in the losses.
 
     `no_object`: weight of that class in the cross entropy.  `alpha`, `gamma`: of the focal loss.
+    `resolution`: masks grow to the size of the "labels", as the authors' do, or the labels shrink to that of the
+    "masks", which at half size costs a quarter.
     """
 
     class_cost: float = 1.0
@@ -39,6 +41,7 @@ class MaskLossWeights:
     no_object: float = 0.1
     alpha: float = 0.25
     gamma: float = 2.0
+    resolution: str = "labels"
 
 
 class Matches(NamedTuple):
@@ -78,7 +81,7 @@ def match(output: MaskClassification, labels: Int[Tensor, "B H W"], *, weights: 
     Raises ValueError for a label that is no class of the head.
     """
     class_logits, mask_logits = as_membrane(output.class_logits), as_membrane(output.mask_logits)
-    small = F.interpolate(labels[:, None].float(), mask_logits.shape[2:], mode="nearest")[:, 0]
+    small = shrunk(labels, mask_logits.shape[2:])
     found = []
     for image, present in enumerate(classes_of(labels, num_classes=class_logits.shape[-1] - 1)):
         costs = matching_costs(
@@ -93,6 +96,11 @@ def match(output: MaskClassification, labels: Int[Tensor, "B H W"], *, weights: 
         queries, columns = (torch.as_tensor(each, device=labels.device) for each in (queries, columns))
         found.append((torch.full_like(queries, image), queries, present[columns]))
     return Matches(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def shrunk(labels: Int[Tensor, "B H W"], size: tuple[int, int]) -> Int[Tensor, "B h w"]:
+    """Labels at another size, by the nearest pixel."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].to(labels.dtype)
 
 
 def classes_of(labels: Int[Tensor, "B H W"], *, num_classes: int) -> list[Int[Tensor, " n"]]:
@@ -157,6 +165,8 @@ def all_mask_losses(
     class_weights: Float[Tensor, " C"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """`mask_losses` of the output, and of auxiliary output i under the same names behind "d<i>."."""
+    if weights.resolution == "masks":
+        labels = shrunk(labels, output.mask_logits.shape[2:])
     losses = mask_losses(output, labels, weights=weights, class_weights=class_weights)
     for index, earlier in enumerate(output.auxiliary):
         of_layer = mask_losses(earlier, labels, weights=weights, class_weights=class_weights)

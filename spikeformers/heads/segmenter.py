@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from spikeformers.heads.masks import MaskClassification
 from spikeformers.layers import FeatureInfo, Pretrained
 from spikeformers.neurons import LEVELLED, NEURONS, NeuronBuilder, neuron_builder
 from spikeformers.quantize import prepare
@@ -98,15 +99,15 @@ class Segmenter(Pretrained):
         """Maps of all levels of the backbone, fine to coarse, time folded into the batch."""
         return self.backbone.forward_features(x)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor | MaskClassification:
         return self.head(self.backbone.forward_features(x))
 
-    def semantic(self, output: Tensor | tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
+    def semantic(self, output: Tensor | MaskClassification, size: tuple[int, int]) -> Tensor:
         """What `forward` gave -> scores [B, classes, H, W] at `size` = (H, W); the largest is the pixel's class."""
         return self.head.semantic(output, size)
 
     def loss(
-        self, output: Tensor | tuple[Tensor, ...], labels: Tensor, *, class_weights: Tensor | None = None
+        self, output: Tensor | MaskClassification, labels: Tensor, *, class_weights: Tensor | None = None
     ) -> Tensor:
         """Scalar loss of what `forward` gave in training against labels [B, H, W] (255: ignored)."""
         return self.head.loss(output, labels, class_weights=class_weights)

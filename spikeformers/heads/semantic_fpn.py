@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
 from spikeformers.layers import ConvBN, FeatureInfo
@@ -31,7 +31,7 @@ class SpikingConv(nn.Module):
         self.neuron = neuron()
         self.conv = convolution
 
-    def forward(self, membrane: Float[Tensor, "B C H W"]) -> Float[Tensor, "B O H W"]:
+    def forward(self, membrane: Real[Tensor, "B C H W"]) -> Real[Tensor, "B O H W"]:
         return self.conv(self.neuron(membrane))
 
 
@@ -55,7 +55,7 @@ class FeaturePyramid(AfterTime):
         self.lateral = nn.ModuleList(build(convolution(width, dim, 1, bias=True)) for width in channels)
         self.output = nn.ModuleList(build(convolution(dim, dim, 3, bias=True)) for _ in channels)
 
-    def forward(self, maps: list[Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B _ _ _"]]:
+    def forward(self, maps: list[Real[Tensor, "B _ _ _"]]) -> list[Real[Tensor, "B _ _ _"]]:
         maps = [layer(each) for layer, each in zip(self.lateral, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], size=maps[level - 1].shape[2:])
@@ -83,7 +83,7 @@ class PixelClassifier(AfterTime):
         nn.init.normal_(self.classify.weight, std=0.01)
         nn.init.zeros_(self.classify.bias)
 
-    def forward(self, maps: list[Float[Tensor, "B _ _ _"]]) -> Float[Tensor, "B L H W"]:
+    def forward(self, maps: list[Real[Tensor, "B _ _ _"]]) -> Float[Tensor, "B L H W"]:
         total = None
         for level, (branch, x) in enumerate(zip(self.branches, maps, strict=True)):
             for layer in branch:

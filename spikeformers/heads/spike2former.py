@@ -134,7 +134,8 @@ class Spike2FormerConfig:
     `cross_attention_neuron`: another neuron's name for SDCA alone ("ni_lif" in a network of "i_lif" is Table 3's "Norm
     only in Cross-Attn"); "": the network's.  The table's other neurons: i_lif, ni_lif_const8, sigmoid_l2.
     For training without a trained backbone: `attention_scale` "learnable" instead of "fixed", balanced on the first
-    batch (attention/balance.py), and `layer_scale`, where the factors of the encoder's branches start, at 1.
+    batch (attention/balance.py), and `layer_scale`, where the factors of the encoder's branches start, at 0.1 or more.
+    `loss_resolution`: of the "labels", or of the "masks" (MaskLossWeights).
     """
 
     dim: int = 256
@@ -156,6 +157,7 @@ class Spike2FormerConfig:
     cross_attention_neuron: str = ""
     attention_scale: str = "fixed"
     layer_scale: float = 1e-6
+    loss_resolution: str = "labels"
 
     def build(
         self, features: FeatureInfo, *, num_classes: int, neuron: NeuronBuilder, steps: int = 1
@@ -185,7 +187,15 @@ class Spike2FormerConfig:
             neuron=neuron,
             alpha=self.alpha,
         )
-        return Spike2FormerHead(pyramid, pixel_decoder=pixel_decoder, decoder=decoder, embedding=embedding, steps=steps)
+        resolution = choose("loss_resolution", self.loss_resolution, {name: name for name in ("labels", "masks")})
+        return Spike2FormerHead(
+            pyramid,
+            pixel_decoder=pixel_decoder,
+            decoder=decoder,
+            embedding=embedding,
+            steps=steps,
+            weights=MaskLossWeights(resolution=resolution),
+        )
 
     def _encoder(self) -> Mixer:
         """What refines a map: called as `encoder(dim, neuron=builder)`."""

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
-from spikeformers.recipes import meta_spikeformer, qsd_transformer, quick, spikformer
+from spikeformers.recipes import camvid, meta_spikeformer, qsd_transformer, quick, spike2former, spikformer
 from spikeformers.train.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -17,6 +17,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "spikformer_v2_cifar10_finetune": spikformer.v2_cifar10_finetune,
     "qsd_transformer_cifar10_small": qsd_transformer.cifar10_small,
     "qsd_transformer_cifar10_small_ann": qsd_transformer.cifar10_small_ann,
+    "camvid_smoke": camvid.smoke,
+    "camvid_fpn_small": camvid.fpn_small,
+    "camvid_spike2former_small": camvid.spike2former_small,
+    "camvid_fpn": camvid.fpn_gpu,
+    "camvid_spike2former": camvid.spike2former_gpu,
+    "spike2former_ade20k": spike2former.ade20k,
+    "spike2former_cityscapes": spike2former.cityscapes,
+    "spike2former_voc": spike2former.voc,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,
@@ -32,6 +40,12 @@ for _size in ("t", "m", "l"):
     RECIPES[f"qsd_transformer_{_size}_imagenet_ann"] = partial(qsd_transformer.imagenet_ann, _size)
     for _classes in (10, 100):
         RECIPES[f"qsd_transformer_{_size}_cifar{_classes}"] = partial(qsd_transformer.transfer, _size, _classes)
+for _size in ("15m", "55m"):
+    for _data in ("ade20k", "voc"):
+        RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}"] = partial(meta_spikeformer.fpn, _size, _data)
+        RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}_t4"] = partial(meta_spikeformer.fpn_t4, _size, _data)
+for _size in ("t", "m"):
+    RECIPES[f"qsd_transformer_{_size}_fpn_ade20k"] = partial(qsd_transformer.fpn_ade20k, _size)
 RECIPES["spikformer_8_384_w4_imagenet"] = qsd_transformer.spikformer_imagenet
 RECIPES["spikformer_8_384_w4_imagenet_ann"] = qsd_transformer.spikformer_imagenet_ann
 for _size in ("8_384", "6_512", "8_512", "10_512", "8_768"):

@@ -41,9 +41,12 @@ class Evaluation:
 
 
 def batches_of(split: Dataset, *, batch_size: int, images: int = 0, workers: int = 0) -> DataLoader:
-    """Batches of `split` in order; of `images` samples chosen by `drawn` only, if that is above 0."""
+    """Batches of `split` in order; of `images` samples chosen by `drawn` only, if that is above 0.
+
+    Samples of a split that is not `uniform` (pictures of several sizes) come one by one.
+    """
     chosen = split if len(drawn(len(split), images)) == len(split) else Subset(split, drawn(len(split), images))
-    return DataLoader(chosen, batch_size=batch_size, num_workers=workers)
+    return DataLoader(chosen, batch_size=batch_size if getattr(split, "uniform", True) else 1, num_workers=workers)
 
 
 def drawn(length: int, images: int) -> list[int]:
@@ -122,10 +125,26 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
 
     `predictions` are those of `evaluate` over the whole split, if they are known already.
     """
+    spent = energy_and_firing(model, recipe, split)
+    return spent | {
+        "integer_agreement": integer_agreement(
+            model,
+            split,
+            batch_size=recipe.batch_size,
+            images=recipe.testing.integer_images,
+            predictions=predictions,
+        )
+        if spent["layers"]
+        else None,  # an ANN has no counts to run on
+    }
+
+
+@torch.no_grad()
+def energy_and_firing(model: nn.Module, recipe: Recipe, split: Dataset) -> dict:
+    """What a network of any task spends on `testing.energy_images` of a split, and how often each neuron fires."""
     model.eval()
     loader = batches_of(split, batch_size=recipe.batch_size, images=recipe.testing.energy_images)
     report = energy.measure(model, loader)
-    rates, _ = firing_rates(model, loader)
     return {
         "firing_rate": report.firing_rate,
         "spikes_per_image": report.spikes_per_image,
@@ -134,16 +153,7 @@ def summarise(model: nn.Module, recipe: Recipe, split: Dataset, *, predictions: 
         "ann_energy_mj": report.ann_mj,
         "energy_convention": report.convention,
         "energy_by_stage": report.stages(),
-        "layers": rates,
-        "integer_agreement": integer_agreement(
-            model,
-            split,
-            batch_size=recipe.batch_size,
-            images=recipe.testing.integer_images,
-            predictions=predictions,
-        )
-        if rates
-        else None,  # an ANN has no counts to run on
+        "layers": firing_rates(model, loader)[0],
     }
 
 

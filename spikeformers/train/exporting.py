@@ -21,7 +21,7 @@ from spikeformers.quantize import FixedPointNorm, size
 from spikeformers.train.evaluate import batches_of, drawn
 from spikeformers.train.recipe import Recipe
 from spikeformers.train.results import short
-from spikeformers.train.saved import PACKED, read_run, run_of
+from spikeformers.train.saved import PACKED, read_classifier, run_of
 from spikeformers.train.summary import Summary, read_summary
 from spikeformers.zoo import CATALOGUE, from_pretrained
 
@@ -57,7 +57,7 @@ def read_exportable(source: Path) -> Exportable:
             f"{source} is a saved model without its run, whose {kind} export needs: give the run, or use "
             "spikeformers.deploy.integer and spikeformers.deploy.save in Python"
         )
-    model, recipe, _ = read_run(run)
+    model, recipe, _ = read_classifier(run)
     if source.name != "model" and (run / PACKED).is_dir():
         model = from_pretrained(run / PACKED)
     if not any(isinstance(module, Neuron) for module in model.modules()):

@@ -8,7 +8,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from spikeformers.attention import balance
 from spikeformers.data.augment import seed_of
-from spikeformers.data.images import load_split
 from spikeformers.data.sampler import ResumableSampler
+from spikeformers.data.splits import load_split
 from spikeformers.quantize import prepare
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import batches_of, firing_rates
@@ -31,19 +32,17 @@ from spikeformers.train.optimise import build_optimizer, gradient_norm, learning
 from spikeformers.train.parallel import sync_bn
 from spikeformers.train.progress import Display
 from spikeformers.train.recipe import Recipe, differences, from_json, to_json
-from spikeformers.train.summary import PretrainSummary, Summary, read_summary
+from spikeformers.train.silent import FIRST, cure, described, silent_neurons
+from spikeformers.train.summary import AnySummary, read_summary
 from spikeformers.train.tasks import Result, build_task
 from spikeformers.weights import load_backbone
 from spikeformers.zoo import create_model
 
 _LOG_EVERY = 10  # optimiser steps
-_FIRING_IMAGES = 32  # of the test split, for the firing rate after each epoch
 _FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.", "data.root")  # on resuming: none touches the weights
 
 
-def train(
-    recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None
-) -> Summary | PretrainSummary:
+def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None) -> AnySummary:
     """Train, test and save a network as `recipe` says, into the folder `run`.
 
     docs/guides/train_your_own.md lists the files in `run`.
@@ -140,6 +139,8 @@ class _Work:
         self.best = ""  # name of the checkpoint with `best_score`
         self.last: Result | None = None
         self.notes: list[str] = []
+        self.silent: set[str] = set()  # neurons that were said to be silent
+        self.unfired: list[str] = []  # in the first step, those that have not fired yet
         self._build_data()
         self._build_network(fresh=fresh)
 
@@ -156,7 +157,7 @@ class _Work:
                 self.notes.append(
                     f"images skipped because they cannot be read: {len(split.skipped)}; first: {split.skipped[0]}"
                 )
-        self.classes, self.in_channels = train_split.classes, train_split.in_channels
+        self.train_split = train_split
         self.sampler = ResumableSampler(
             len(train_split),
             batch_size=recipe.batch_size,
@@ -186,20 +187,34 @@ class _Work:
         recipe, device = self.recipe, self.accelerator.device
         self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        sizes = {"num_classes": len(self.classes), "in_channels": self.in_channels}
-        self.task = build_task(recipe, **sizes, device=device)
-        network = build_model(recipe, **sizes)
+        split = self.train_split
+        self.task = build_task(recipe, split=split, device=device)
+        network = build_model(recipe, num_classes=len(split.classes), in_channels=split.in_channels)
         if recipe.init.backbone and fresh:
             self.notes.append(f"init.backbone: {load_backbone(network, recipe.init.backbone)}")
         if bits := recipe.quantize.chosen():  # after loading: step sizes come from the weights
             prepare(network, bits=bits, **recipe.quantize.options())
         self.plain = self.task.wrap(network)
         self.plain.to(device, self.dtype, memory_format=self.layout)
+        if recipe.init.balance and fresh:
+            self.notes.append(self._balanced())
         if recipe.sync_bn:
             sync_bn(self.plain)
         self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(self.plain, recipe.optim)
         self.model = self.accelerator.prepare_model(self.plain)
+
+    def _balanced(self) -> str:
+        """Let attention scales start where the first training images want them; every process does the same."""
+        images = torch.stack([self.train_split[0, index][0] for index in range(self.recipe.batch_size)])
+        images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout)
+        count = balance(self.plain.train(), images)
+        if not count:
+            raise ValueError(
+                "init.balance sets learnable attention scales, and this network has none: build it with "
+                "attention=sdsa3_learned and, of Spike2Former, attention_scale=learnable"
+            )
+        return f"init.balance: {count} attention scales start where {len(images)} training images drive one spike"
 
     @property
     def tested(self) -> nn.Module:
@@ -267,7 +282,7 @@ class _Work:
         images = recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         earlier = self.epoch_seconds
         while self.step < self.steps_per_epoch:
-            rate, loss, norm = self._train_step(batches)
+            rate, loss, norm = self._train_step(batches) if self.epoch or self.step else self._first_step(batches, show)
             self.step += 1
             self.loss_sum += loss
             here = time.perf_counter() - began
@@ -285,6 +300,20 @@ class _Work:
                 self.save(logs)
             if stopping:
                 raise KeyboardInterrupt(f"stopped and saved in epoch {self.epoch + 1} after step {self.step}")
+
+    def _first_step(self, batches: Iterator[tuple[Tensor, Tensor]], show: Display) -> tuple[float, float, float]:
+        """The step that starts a run; it says which neurons do not fire."""
+        with silent_neurons(self.plain) as self.unfired:
+            found = self._train_step(batches)
+        self._say_silent(self.unfired, FIRST, show)
+        self.unfired = []
+        return found
+
+    def _say_silent(self, names: Iterable[str], where: str, show: Display) -> None:
+        """A line about neurons that did not fire there, once for each neuron."""
+        if new := [name for name in names if name not in self.silent]:
+            self.silent.update(new)
+            show.line(described(new, where))
 
     def _rate(self, step: int) -> float:
         """Learning rate of the optimiser step number `step` of the run, before any layer's own scale."""
@@ -321,7 +350,7 @@ class _Work:
         if share < 1:
             raise ValueError(self._not_finite("an input image has values that are not finite"))
         if not np.isfinite([loss, norm]).all():
-            raise ValueError(self._not_finite(f"the loss is {loss} and the gradient norm {norm}"))
+            raise ValueError(self._not_finite(f"the loss is {loss} and the gradient norm {norm}") + cure(self.unfired))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
@@ -346,8 +375,9 @@ class _Work:
             self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
             values |= self.last.metrics()
             better = self.best_score is None or self.last.score >= self.best_score
-            sample = next(iter(batches_of(self.test_split, batch_size=_FIRING_IMAGES)))
-            values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])[1]
+            sample = next(iter(batches_of(self.test_split, batch_size=self.task.sampled_images)))
+            rates, values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])
+            self._say_silent((name for name, rate in rates.items() if rate == 0), "a test batch", show)
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {
@@ -374,7 +404,7 @@ class _Work:
             return self.task.test(self.tested, loader)
         return self.task.test(self.tested, self.accelerator.prepare_data_loader(loader), accelerator=self.accelerator)
 
-    def finish(self) -> Summary | PretrainSummary:
+    def finish(self) -> AnySummary:
         """Save the network and sum up, in the main process; the others wait and read."""
         last = self.last or self._test(images=0)
         if self.accelerator.is_main_process:
@@ -399,6 +429,8 @@ def _line(values: dict, epochs: int) -> str:
     parts = [f"epoch {values['epoch'] + 1}/{epochs}", f"loss {values['train_loss']:.4f}"]
     if "test_accuracy" in values:
         parts.append(f"test accuracy {values['test_accuracy']:.2%}")
+    elif "test_miou" in values:
+        parts.append(f"test mIoU {values['test_miou']:.2%}")
     elif "test_loss" in values:
         parts.append(f"test loss {values['test_loss']:.4f}")
     if "firing_rate" in values:

@@ -46,6 +46,8 @@ class HiddenPatches:
 class MaskedModelling:
     """Draw the hidden patches of an image from the visible ones; labels are not looked at."""
 
+    sampled_images = 32
+
     def __init__(self, recipe: Recipe) -> None:
         """Raises ValueError for settings that only labels could use."""
         augment = recipe.data.augment

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
-from spikeformers.data.images import load_split
+from spikeformers.data.splits import load_split
 from spikeformers.neurons import Neuron
 from spikeformers.quantize import convert, prepare, quantizable, size
 from spikeformers.train.checkpoint import read_json, write_json
@@ -27,7 +27,7 @@ from spikeformers.train.evaluate import batches_of, evaluate
 from spikeformers.train.loop import train
 from spikeformers.train.recipe import Init, Quantize, Recipe, from_json, override
 from spikeformers.train.results import short
-from spikeformers.train.saved import PACKED, read_run
+from spikeformers.train.saved import PACKED, read_classifier
 from spikeformers.train.summary import Summary, circumstances, read_summary
 from spikeformers.zoo import from_pretrained
 
@@ -51,7 +51,7 @@ class Source:
 
 def read_source(run: Path) -> Source:
     """Raises ValueError for anything but a finished classifier, or one that its recipe gave low-bit weights."""
-    model, recipe, classes = read_run(run)
+    model, recipe, classes = read_classifier(run)
     if recipe.quantize.chosen() is not None:
         start = recipe.init.backbone
         cure = f"quantise the run that it started from, {start}" if start else "train it without them first"

@@ -7,10 +7,12 @@ import ast
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 
 from spikeformers.data.images import ImageData
+from spikeformers.data.splits import Data, kind_of
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,17 @@ class Optim:
     name: str = "adamw"
     lr: float = 1e-3
     lr_batch: int = 0  # lr is for this many images a step and scales with the real number; 0: lr is used as it is
+    schedule: typing.Literal["cosine", "poly"] = "cosine"  # down to min_lr: half a cosine, or a straight line (power 1)
     min_lr: float = 1e-6
-    warmup_epochs: float = 0.0  # linear from warmup_lr; then half a cosine down to min_lr
+    warmup_epochs: float = 0.0  # linear from warmup_lr; then the schedule
     warmup_lr: float = 0.0  # like min_lr not scaled by lr_batch
     cooldown_epochs: float = 0.0  # the last of all epochs, at min_lr; the cosine ends where they begin
     per_epoch: bool = False  # one rate an epoch, on a cosine that began with epoch 0 (timm 0.5.4); else one a step
     layer_decay: float = 1.0  # each layer below the classifier learns at this times the rate of the one above; 1: none
-    weight_decay: float = 0.05  # not on biases and other 1-D parameters
+    rates: dict[str, object] = field(default_factory=dict)  # part of the network ("backbone") -> factor of its rate
+    weight_decay: float = 0.05
+    decay_1d: bool = False  # weight decay on biases and other 1-D parameters too
+    undecayed: tuple[str, ...] = ()  # parameters without weight decay whatever their shape, by a part of their name
     clip_grad: float = 0.0  # largest global gradient norm; 0: no clipping
 
 
@@ -55,6 +61,7 @@ class Init:
     """Where the weights start: empty for random, else a run folder, a saved model or a checkpoint file."""
 
     backbone: str = ""
+    balance: bool = False  # learnable attention scales from the first training images (attention/balance.py)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,26 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """Weights of classes in the loss of a segmentation, and how a picture is tested. Sizes are height and width."""
+
+    class_weights: float = 0.0  # each class by (median frequency / its own) to this power; 0: all alike, 1: balanced
+    test: typing.Literal["whole", "slide"] = "whole"  # slide: windows, whose scores are averaged where they overlap
+    crop: tuple[int, ...] = ()  # of a window; empty: data.size, on which the network was trained
+    stride: tuple[int, ...] = ()  # from a window to the next; empty: two thirds of it
+
+    def __post_init__(self):
+        if not 0 <= self.class_weights <= 1:
+            raise ValueError(
+                f"segmentation.class_weights must lie between 0 (all alike) and 1 (balanced), got {self.class_weights}"
+            )
+        for name in ("crop", "stride"):
+            value = getattr(self, name)
+            if value and (len(value) != 2 or min(value) < 1):
+                raise ValueError(f"segmentation.{name} must be a height and a width of at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class Saving:
     """Checkpoints: one after each epoch, and every `every_steps` optimiser steps within an epoch (0: none)."""
 
@@ -139,7 +166,7 @@ class Recipe:
     """A whole training run. `seed`, the data and these values determine the result on given hardware."""
 
     name: str
-    data: ImageData
+    data: Data
     model: ModelChoice = ModelChoice()
     optim: Optim = Optim()
     init: Init = Init()
@@ -147,6 +174,7 @@ class Recipe:
     fgd: FineGrained = FineGrained()
     quantize: Quantize = Quantize()
     pretrain: Pretrain = Pretrain()
+    segmentation: Segmentation = Segmentation()
     saving: Saving = Saving()
     testing: Testing = Testing()
     epochs: int = 10
@@ -177,6 +205,9 @@ class Recipe:
             raise ValueError(
                 f"optim.layer_decay must be above 0 and at most 1 (no decay), got {self.optim.layer_decay}"
             )
+        for part, factor in self.optim.rates.items():
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise ValueError(f"optim.rates.{part} must be a factor above 0, such as 0.1, got {factor!r}")
         if self.optim.cooldown_epochs >= self.epochs:
             raise ValueError(
                 f"optim.cooldown_epochs must be below epochs, got {self.optim.cooldown_epochs} of {self.epochs}: "
@@ -324,6 +355,8 @@ def _build(group: type, stored: object, prefix: str):
     values = {}
     for name, value in stored.items():
         kind = kinds[name]
+        if isinstance(kind, types.UnionType) and isinstance(value, dict):
+            kind = kind_of(str(value.get("source", ImageData.source)))
         nested = dataclasses.is_dataclass(kind)
         values[name] = _build(kind, value, f"{prefix}{name}.") if nested else _convert(value, kind, prefix + name)
     try:
@@ -337,8 +370,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     found = []
     for path in sorted(set(leaf_paths(old)) | set(leaf_paths(new))):
         before, after = old, new
-        for part in path.split("."):
-            before, after = getattr(before, part), getattr(after, part)
+        for part in path.split("."):  # data of two kinds have different fields
+            before, after = getattr(before, part, "absent"), getattr(after, part, "absent")
         if before != after:
             found.append(f"{path}: {before} -> {after}")
     return found

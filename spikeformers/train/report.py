@@ -19,13 +19,14 @@ import numpy as np
 from PIL import Image
 
 from spikeformers.data.augment import to_pil
-from spikeformers.data.images import load_split
+from spikeformers.data.splits import load_split
+from spikeformers.train import segmentation_report
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.logs import read_log
 from spikeformers.train.pretraining import PICTURES
 from spikeformers.train.recipe import from_json
 from spikeformers.train.results import duration, reached, short
-from spikeformers.train.summary import pretrains
+from spikeformers.train.summary import pretrains, segments
 
 CHART_WIDTH, CHART_HEIGHT = 440, 250  # units of the drawing, about the pixels of a phone, so that text stays readable
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 12, 12, 32
@@ -45,6 +46,7 @@ def write_report(run: Path) -> Path:
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else None
     epochs, steps = (read_log(run, kind) if (run / "log.jsonl").is_file() else [] for kind in ("epoch", "step"))
     pictures, picture_note = sample_pictures(recipe, summary)
+    agreement = None if segments(recipe) else (summary or {}).get("integer_agreement")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = pages.get_template("report.html.j2").render(
@@ -55,14 +57,18 @@ def write_report(run: Path) -> Path:
         tiles=headline(summary) if summary else [],
         curves=curves(epochs, steps),
         palette=PALETTE,
-        confusion=confusion_table(summary),
+        confusion=confusion_table(segmentation_report.in_percent(summary) if segments(recipe) else summary),
         pictures=pictures,
         picture_note=picture_note,
         layers=layer_bars(summary),
         stages=stage_bars(summary),
         convention=(summary or {}).get("energy_convention", ""),
-        agreement=(summary or {}).get("integer_agreement"),
-        reached=reached(summary["integer_agreement"]) if (summary or {}).get("integer_agreement") else "",
+        agreement=agreement,
+        reached=reached(agreement) if agreement else "",
+        segments=segments(recipe),
+        classes=segmentation_report.class_bars(summary),
+        drawn=[(as_png(Image.open(path)), caption) for path, caption in segmentation_report.drawn(run)],
+        engine_note=segmentation_report.engine_note(summary),
         reconstructions=reconstructions(run),
         normalised=recipe.get("pretrain", {}).get("normalise_target", False),
         recipe=sorted_recipe(recipe),
@@ -89,7 +95,10 @@ def progress_line(recipe: dict, epochs: Sequence[dict], summary: dict | None) ->
 
 def headline(summary: dict) -> list[dict]:
     """The tiles at the top: label, value and a small line below each."""
-    rows = pretraining_tiles(summary) if pretrains(summary["recipe"]) else training_tiles(summary)
+    if segments(summary["recipe"]):
+        rows = segmentation_report.tiles(summary)
+    else:
+        rows = pretraining_tiles(summary) if pretrains(summary["recipe"]) else training_tiles(summary)
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
 
 
@@ -169,6 +178,8 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
     wanted = (
         ("Loss", {"train": "train_loss", "test": "test_loss"}, 1),
         ("Accuracy, %", {"test": "test_accuracy"}, 100),
+        ("mIoU, %", {"test": "test_miou"}, 100),
+        ("Pixels right, %", {"all": "test_pixel_accuracy", "mean of classes": "test_mean_accuracy"}, 100),
         ("Firing rate, %", {"mean of neurons": "firing_rate"}, 100),
         ("Learning rate", {"rate": "lr"}, 1),
     )
@@ -286,7 +297,7 @@ def sample_pictures(recipe: dict, summary: dict | None) -> tuple[list[tuple[str,
     says so and the report goes on without them.
     """
     predictions = (summary or {}).get("predictions")
-    if pretrains(recipe):
+    if pretrains(recipe) or segments(recipe):
         return [], ""
     if not predictions:
         return [], "" if summary is None else "This run stored no predictions of single images."

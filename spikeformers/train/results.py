@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # it brings torch and accelerate, which a list of models does not need
-    from spikeformers.train.summary import PretrainSummary, Summary
+    from spikeformers.train.summary import AnySummary, PretrainSummary, SegmentationSummary, Summary
 
 NAMED = 5  # test images named one by one on a line
+EXTREMES = 3  # best classes, and worst ones
 
 
 def duration(seconds: float) -> str:
@@ -39,11 +40,12 @@ def short(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def print_results(summary: "Summary | PretrainSummary", report: Path) -> None:
+def print_results(summary: "AnySummary", report: Path) -> None:
     """What a run achieved."""
-    from spikeformers.train.summary import PretrainSummary
+    from spikeformers.train.summary import PretrainSummary, SegmentationSummary, Summary
 
-    rows = pretraining_rows(summary) if isinstance(summary, PretrainSummary) else training_rows(summary)
+    rows_of = {Summary: training_rows, SegmentationSummary: segmentation_rows, PretrainSummary: pretraining_rows}
+    rows = rows_of[type(summary)](summary)
     print_facts(f"{summary.recipe['name']}: {summary.model}", [*rows, ("Report", str(report))])
 
 
@@ -60,32 +62,65 @@ def pretraining_rows(summary: "PretrainSummary") -> list[tuple[str, str]]:
 
 def training_rows(summary: "Summary") -> list[tuple[str, str]]:
     """Lines about a trained classifier."""
-    ann = f"{short(summary.ann_energy_mj)} mJ"
-    if summary.energy_mj:
-        ann += f", {summary.ann_energy_mj / summary.energy_mj:.2f} times as much"
     return [
         (
             "Test accuracy",
             f"{100 * summary.accuracy:.2f} % at the last epoch (best {100 * summary.best_accuracy:.2f} %)",
         ),
-        ("Firing rate", f"{100 * summary.firing_rate:.2f} %"),
-        ("Spikes per image", short(summary.spikes_per_image)),
-        ("Energy per image", f"{short(summary.energy_mj)} mJ (convention {summary.energy_convention})"),
-        ("The same as an ANN", ann),
-        ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
+        *cost_rows(summary),
         *low_bit_rows(summary),
         ("Integer engine", agreement(summary.integer_agreement)),
         ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
     ]
 
 
-def low_bit_rows(summary: "Summary") -> list[tuple[str, str]]:
+def segmentation_rows(summary: "SegmentationSummary") -> list[tuple[str, str]]:
+    """Lines about a trained segmenter."""
+    return [
+        ("mIoU", f"{100 * summary.miou:.2f} % at the last epoch (best {100 * summary.best_miou:.2f} %)"),
+        *accuracy_rows(summary),
+        *cost_rows(summary),
+        *low_bit_rows(summary),
+        ("Integer engine", pixel_agreement(summary.integer_agreement, refused=summary.integer_refused)),
+        ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
+    ]
+
+
+def accuracy_rows(found: "SegmentationSummary") -> list[tuple[str, str]]:
+    """Pixels right, and the classes that are found best and worst."""
+    accuracy = f"{100 * found.pixel_accuracy:.2f} %, mean of classes {100 * found.mean_accuracy:.2f} %"
+    rows = [("Pixel accuracy", accuracy)]
+    known = sorted((iou, name) for name, iou in found.per_class_iou.items() if iou is not None)
+    if len(known) <= 2 * EXTREMES:
+        return [*rows, ("IoU by class", _named(known[::-1]))]
+    return [*rows, ("Best IoU", _named(known[: -EXTREMES - 1 : -1])), ("Worst IoU", _named(known[:EXTREMES]))]
+
+
+def _named(ious: Sequence[tuple[float, str]]) -> str:
+    return ", ".join(f"{name} {100 * iou:.1f} %" for iou, name in ious)
+
+
+def cost_rows(summary: "Summary | SegmentationSummary") -> list[tuple[str, str]]:
+    """Spikes, energy and size of a trained network."""
+    ann = f"{short(summary.ann_energy_mj)} mJ"
+    if summary.energy_mj:
+        ann += f", {summary.ann_energy_mj / summary.energy_mj:.2f} times as much"
+    return [
+        ("Firing rate", f"{100 * summary.firing_rate:.2f} %"),
+        ("Spikes per image", short(summary.spikes_per_image)),
+        ("Energy per image", f"{short(summary.energy_mj)} mJ (convention {summary.energy_convention})"),
+        ("The same as an ANN", ann),
+        ("Parameters", f"{summary.parameters:,} ({short(summary.size_mb)} MB)"),
+    ]
+
+
+def low_bit_rows(summary: "Summary | SegmentationSummary") -> list[tuple[str, str]]:
     """Sizes of low-bit weights, and what a teacher of q, k and v reached and cost."""
     rows = []
     if found := summary.quantized:
         packed, fp32 = short(found["packed_mb"]), short(found["fp32_mb"])
         rows.append(("Low-bit weights", f"{packed} MB packed, scales and biases included ({fp32} MB as 32-bit floats)"))
-    if found := summary.distillation:
+    if found := getattr(summary, "distillation", None):  # of classifiers only
         slower, larger = (found[a] / found[b] for a, b in (("seconds", "seconds_plain"), ("kept_mb", "kept_plain_mb")))
         rows.append(("Teacher", f"{100 * found['teacher_accuracy']:.2f} % test accuracy"))
         rows.append(("Distillation", f"a step takes {slower:.2f} times as long and {larger:.2f} times the memory"))
@@ -103,18 +138,26 @@ def agreement(found: dict | None) -> str:
     return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}; {reached(found)}"
 
 
+def pixel_agreement(found: dict | None, *, refused: str) -> str:
+    """In how many pixels the integer engine gives the same class, or why it does not run."""
+    if found is None:
+        return f"none: {refused}"
+    share = "all" if found["same"] == found["total"] else f"{100 * found['same'] / found['total']:.2f} % of"
+    return f"same class for {share} {found['total']:,} pixels of {found['images']} test images"
+
+
 def reached(found: dict) -> str:
     """The accuracy of the integer engine beside that of the network, over the images that were compared."""
     return f"its accuracy is {100 * found['accuracy']:.2f} %, the network's {100 * found['float_accuracy']:.2f} %"
 
 
-def print_spread(seeds: Sequence[int], results: "Sequence[Summary]") -> None:
+def print_spread(seeds: Sequence[int], results: "Sequence[Summary] | Sequence[SegmentationSummary]") -> None:
     """Mean and standard deviation (of a sample: n - 1) over the seeds."""
     from spikeformers.train.summary import spread
 
-    rows = []
+    rows, metric = [], results[0].METRIC
     for name, label, factor, unit in (
-        ("accuracy", "Test accuracy", 100, "%"),
+        (metric, {"accuracy": "Test accuracy", "miou": "mIoU"}[metric], 100, "%"),
         ("firing_rate", "Firing rate", 100, "%"),
         ("energy_mj", "Energy per image", 1, "mJ"),
     ):

@@ -3,6 +3,7 @@
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from spikeformers.data.augment import Normalise, to_pixels
 from spikeformers.data.decode import decode
 from spikeformers.data.images import ImageData, fit, statistics
+from spikeformers.data.segmentation import SegmentationData
+from spikeformers.data.segmentation_sources import default_colours, published_classes
+from spikeformers.data.splits import Data, kind_of
 from spikeformers.deploy import Preprocessing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
@@ -20,6 +24,9 @@ PACKED = "packed"  # folder of a run with its network in packed weights, beside 
 PICTURES = {  # how the papers' networks see a picture
     "imagenet": {"source": "imagefolder", "size": 224, "eval_crop": 0.875},
     "cifar10": {"source": "cifar10", "size": 32},
+    "ade20k": {"source": "ade20k", "short_side": 512, "max_side": 2048},
+    "voc": {"source": "voc2012", "short_side": 512, "max_side": 2048},
+    "cityscapes": {"source": "cityscapes", "short_side": 1024, "max_side": 2048},
 }
 
 
@@ -63,18 +70,29 @@ def stored_recipe(run: Path, *, name: str) -> Recipe | None:
     return recipe
 
 
+def read_classifier(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
+    """As `read_run`, for what only works on classes of whole pictures. Raises ValueError for other runs."""
+    model, recipe, classes = read_run(run)
+    if not isinstance(recipe.data, ImageData):
+        raise ValueError(
+            f"{run} gives classes to pixels; this is for classifiers. Few bits: train it again with quantize.bits and "
+            f"init.backbone={run}; an engine: spikeformers.deploy.integer in Python"
+        )
+    return model, recipe, classes
+
+
 def run_of(folder: Path) -> Path | None:
     """The run that `folder` is, or whose `model/` or `packed/` it is."""
     places = (folder, folder.parent) if folder.name in ("model", PACKED) else (folder,)
     return next((place for place in places if (place / "recipe.json").is_file()), None)
 
 
-def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
+def read_trained(source: str) -> tuple[nn.Module, Data, tuple[str, ...]]:
     """Model, how to read images for it, and class names of a run or of a saved model.
 
-    A saved model without a run has neither: its images are read as its paper does, and its classes are ImageNet's if
-    there are 1000, else numbers. Raises ValueError where there is no such folder or no weights in it, and for a network
-    that takes events.
+    A saved model without a run has neither: its images are read as its paper does, and its classes are those of the
+    paper's data (ImageNet's for a classifier) if they are as many, else numbers. Raises ValueError where there is no
+    such folder or no weights in it, and for a network that takes events.
     """
     folder = Path(source)
     if run := run_of(folder):
@@ -88,7 +106,9 @@ def read_trained(source: str) -> tuple[nn.Module, ImageData, tuple[str, ...]]:
     data = CATALOGUE[model.origin.name].data
     if data not in PICTURES:
         raise ValueError(f"{source} is a {model.origin.name}, which takes clips of {data}, not pictures")
-    spec = ImageData(**PICTURES[data], in_channels=model.config.in_channels)
+    spec = kind_of(PICTURES[data]["source"])(**PICTURES[data], in_channels=model.config.in_channels)
+    if isinstance(spec, SegmentationData):
+        return model, spec, published_palette(spec, count=model.config.num_classes)[0]
     return model, spec, class_labels(model.config.num_classes)
 
 
@@ -115,3 +135,9 @@ def class_labels(count: int) -> tuple[str, ...]:
         return tuple(map(str, range(count)))
     described = ImageNetInfo()
     return tuple(described.index_to_description(index) for index in range(count))
+
+
+def published_palette(spec: SegmentationData, *, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and colours uint8 [N,3] of a public set's classes if there are `count`, else numbers and other hues."""
+    names, colours = published_classes(spec.source)
+    return (names, colours) if len(names) == count else (tuple(map(str, range(count))), default_colours(count))

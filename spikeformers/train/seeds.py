@@ -11,17 +11,17 @@ from rich.console import Console
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.loop import train
 from spikeformers.train.recipe import Recipe
-from spikeformers.train.summary import Summary, spread
+from spikeformers.train.summary import SegmentationSummary, Summary, spread
 
 
 @dataclass(frozen=True)
 class SeedsSummary:
-    """Results of all seeds, with mean and sample standard deviation of the last epoch's accuracy (0..1)."""
+    """Results of all seeds, with mean and sample standard deviation of the last epoch's accuracy or mIoU (0..1)."""
 
     seeds: tuple[int, ...]
-    summaries: tuple[Summary, ...]
-    accuracy_mean: float
-    accuracy_sd: float
+    summaries: tuple[Summary, ...] | tuple[SegmentationSummary, ...]
+    mean: float
+    sd: float
 
 
 def train_seeds(
@@ -36,9 +36,11 @@ def train_seeds(
         train(dataclasses.replace(recipe, seed=seed), run=Path(run) / f"seed-{seed}", resume=resume, console=console)
         for seed in seeds
     ]
-    accuracies = [each.accuracy for each in summaries]
-    mean, sd = spread(accuracies)
-    content = {"seeds": list(seeds), "accuracies": accuracies, "accuracy_mean": mean, "accuracy_sd": sd}
+    metric = summaries[0].METRIC
+    values = [getattr(each, metric) for each in summaries]
+    mean, sd = spread(values)
+    plural = {"accuracy": "accuracies", "miou": "mious"}[metric]
+    content = {"seeds": list(seeds), plural: values, f"{metric}_mean": mean, f"{metric}_sd": sd}
     if PartialState().is_main_process:
         write_json(Path(run) / "seeds.json", content)
     return SeedsSummary(tuple(seeds), tuple(summaries), mean, sd)

@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from spikeformers.data.segmentation import SegmentationData
+from spikeformers.data.splits import KINDS
 from spikeformers.quantize import size
 from spikeformers.train.checkpoint import read_json, write_json
 from spikeformers.train.evaluate import Evaluation, summarise
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 class Summary:
     """A finished run. Accuracies and rates 0..1, energies mJ an image, `layers` the firing rate of each neuron."""
 
+    METRIC: ClassVar = "accuracy"  # what seeds are compared by
     recipe: dict
     model: str
     parameters: int
@@ -82,6 +86,48 @@ class PretrainSummary:
     command: str
 
 
+@dataclass(frozen=True)
+class SegmentationSummary:
+    """A finished segmentation. Accuracies, IoUs and rates 0..1, energies mJ an image, `layers` the firing rates.
+
+    `per_class_iou` is None for a class that neither truth nor prediction knows; `miou` is the mean of the others.
+    """
+
+    METRIC: ClassVar = "miou"
+    recipe: dict
+    model: str
+    parameters: int
+    size_mb: float
+    miou: float  # at the last epoch, on the whole test split
+    best_miou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    per_class_iou: dict[str, float | None]
+    epochs: int
+    seconds: float  # of training and testing, over all interruptions
+    firing_rate: float
+    spikes_per_image: float
+    energy_mj: float
+    energy_mj_sd: float
+    ann_energy_mj: float
+    energy_convention: str
+    energy_by_stage: dict[str, dict[str, float]]
+    layers: dict[str, float]
+    integer_agreement: dict | None  # pixels; None for an ANN, or where `integer_refused` says why
+    integer_refused: str
+    confusion: list[list[int]]  # pixels [true][predicted]
+    classes: list[str]
+    colours: list[list[int]]
+    versions: dict[str, str]
+    threads: int
+    hardware: str
+    command: str
+    quantized: dict[str, float] | None = None  # quantize.Size of low-bit weights
+
+
+AnySummary = Summary | PretrainSummary | SegmentationSummary
+
+
 def finish(
     model: nn.Module,
     recipe: Recipe,
@@ -100,12 +146,10 @@ def finish(
     """
     model = copy.deepcopy(model).cpu().float().eval()
     model.save_pretrained(run / "model")
-    tensors = [*model.parameters(), *model.buffers()]
     summary = Summary(
         recipe=to_json(recipe),
         model=recipe.model.name,
-        parameters=sum(each.numel() for each in model.parameters()),
-        size_mb=sum(each.numel() * each.element_size() for each in tensors) / 1e6,
+        **weights_of(model),
         accuracy=evaluation.accuracy,
         best_accuracy=best_accuracy,
         loss=evaluation.loss,
@@ -114,7 +158,6 @@ def finish(
         confusion=evaluation.confusion,
         predictions=evaluation.predictions,
         classes=[str(each) for each in split.classes],
-        quantized=dataclasses.asdict(size(model)) if model.quantization else None,
         distillation=_measured(distillation),
         **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
@@ -130,6 +173,16 @@ def _measured(distillation: Callable[[], dict[str, float]] | None) -> dict[str, 
         return None
 
 
+def weights_of(model: nn.Module) -> dict[str, object]:
+    """How many numbers a network holds, and how large they are."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "size_mb": sum(each.numel() * each.element_size() for each in tensors) / 1e6,
+        "quantized": dataclasses.asdict(size(model)) if model.quantization else None,
+    }
+
+
 def circumstances() -> dict[str, object]:
     """Versions, threads, hardware and command: what somebody needs to repeat a run."""
     return {
@@ -141,13 +194,25 @@ def circumstances() -> dict[str, object]:
     }
 
 
-def read_summary(run: Path) -> Summary | PretrainSummary:
+def read_summary(run: Path) -> AnySummary:
     """The summary of a finished run. Raises ValueError if `run` holds none or one of another version."""
     stored = read_json(run / "summary.json")
     try:
-        return (PretrainSummary if pretrains(stored["recipe"]) else Summary)(**stored)
+        return kind_of_summary(stored["recipe"])(**stored)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{run / 'summary.json'} was written by another version ({error})") from None
+
+
+def kind_of_summary(recipe: dict) -> type[AnySummary]:
+    """What a run of a stored recipe leaves."""
+    if segments(recipe):
+        return SegmentationSummary
+    return PretrainSummary if pretrains(recipe) else Summary
+
+
+def segments(recipe: dict) -> bool:
+    """Whether a stored recipe is one of segmentation."""
+    return KINDS.get(recipe.get("data", {}).get("source")) is SegmentationData
 
 
 def pretrains(recipe: dict) -> bool:

@@ -1,6 +1,6 @@
 """What is learnt: classification by cross-entropy, on mixed images and from a teacher if the recipe says so.
 
-Masked pre-training, the other task, is in pretraining.py; `Task` is what the loop asks of either.
+The other tasks are in pretraining.py (masked) and segmentation.py; `Task` is what the loop asks of each.
 
 Distillation: Touvron et al., ICML 2021 (DeiT), Eqs. 2-3, as Meta-SpikeFormer uses it.
 The teacher is any network of timm.
@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spikeformers.data.augment import mixing
+from spikeformers.data.segmentation import SegmentationData
+from spikeformers.data.splits import Split
 from spikeformers.distill import FineGrainedDistillation, cost
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
 from spikeformers.train.parallel import local_bn
 from spikeformers.train.pretraining import MaskedModelling
 from spikeformers.train.recipe import Distill, FineGrained, Recipe
 from spikeformers.train.saved import read_trained
+from spikeformers.train.segmentation import SemanticSegmentation
 from spikeformers.train.summary import finish
 from spikeformers.weights import load_strict, read_checkpoint
 
@@ -74,6 +77,9 @@ class Result(Protocol):
 class Task(Protocol):
     """What the loop needs to train something: a module around the network, its loss, its test, its last words."""
 
+    sampled_images: int
+    """How many test images the firing rate after each epoch is measured on."""
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """The module to train, with `network` inside."""
 
@@ -102,6 +108,8 @@ class Task(Protocol):
 
 class Classification:
     """Labels from images. Mixing draws from the global generators, which the loop seeds for each step."""
+
+    sampled_images = 32
 
     def __init__(
         self,
@@ -186,8 +194,10 @@ class Classification:
         return (1 - self.distill.alpha) * own + self.distill.alpha * learnt
 
 
-def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: torch.device) -> Task:
-    """The task of a recipe. Raises ValueError for a mixing or a teacher that cannot work."""
+def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
+    """The task of a recipe, for a training `split`. Raises ValueError for settings that cannot work together."""
+    if isinstance(recipe.data, SegmentationData):
+        return SemanticSegmentation(recipe, split=split, device=device)
     if recipe.pretrain.mask_ratio:
         if recipe.quantize.chosen() is not None or recipe.fgd.teacher:
             raise ValueError(
@@ -195,11 +205,11 @@ def build_task(recipe: Recipe, *, num_classes: int, in_channels: int, device: to
                 "fgd.*, and give them to the finetuning"
             )
         return MaskedModelling(recipe)
+    sizes = {"num_classes": len(split.classes), "in_channels": split.in_channels}
     # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
-    mixer = mixing(recipe.data.augment, num_classes=num_classes)
+    mixer = mixing(recipe.data.augment, num_classes=sizes["num_classes"])
     if mixer is not None and recipe.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}")
-    sizes = {"num_classes": num_classes, "in_channels": in_channels}
     teacher = fgd_teacher = None
     if recipe.distill.teacher:
         teacher = build_teacher(recipe.distill, group="distill", **sizes).to(device)

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spikeformers.backbones import MetaSpikeFormer, QSDTransformer, Spikformer
+from spikeformers.heads import Segmenter
 from spikeformers.layers import LayerScaleBlock
 from spikeformers.layers.pretrained import CONFIG, WEIGHTS
 from spikeformers.quantize import LSQLayer
 from spikeformers.quantize.lsq import DERIVED
 from spikeformers.weights import meta_spikeformer, qsd_transformer, spikformer
+from spikeformers.weights.segmenter import SegmenterKeys, keys_of
+
+KeyMap = ModuleType | SegmenterKeys
 
 KEY_MAPS: dict[type[nn.Module], ModuleType] = {
     MetaSpikeFormer: meta_spikeformer,
@@ -29,6 +34,15 @@ KEY_MAPS: dict[type[nn.Module], ModuleType] = {
 WRAPPERS = ("module.", "model.", "backbone.")  # DistributedDataParallel, mmengine, mmseg and mmdet
 ENCODER, DECODER = "encoder.", "decoder."  # a masked autoencoder: the network that it pre-trains, and the rest
 OTHER_NETWORKS = ("decode_head.", "auxiliary_head.", "neck.", "rpn_head.", "roi_head.", "bbox_head.")
+FRAMEWORKS = {"decode_head.": "mmsegmentation", "roi_head.": "mmdetection", "bbox_head.": "mmdetection"}
+# What mmengine writes beside the tensors, a log: stood in for, so that its code is neither needed nor run.
+LOGGED = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
 STEPS = tuple(f".{name}" for name in DERIVED)
 LOW_BIT = (*STEPS, ".packed")  # a source with such tensors has low-bit weights
 
@@ -43,9 +57,13 @@ class LoadReport:
     computed: tuple[str, ...] = ()  # step sizes that the file lacks or never set, from the weights that went in
     unscaled: tuple[str, ...] = ()  # scales of branches: 1, since the file is of a network without
     differs: tuple[str, ...] = ()  # arguments that the source was built with and this model was not
+    framework: str = ""  # that wrote the file, where its keys show it
+    assumed: tuple[str, ...] = ()  # arguments that no tensor shows, as this model was built
 
     def __str__(self) -> str:
         text = f"loaded {self.loaded} tensors"
+        if self.framework:
+            text += f" of a file of {self.framework}"
         if self.dropped:
             text += f"; dropped from the file: {few(self.dropped)}"
         if self.kept:
@@ -56,14 +74,26 @@ class LoadReport:
             text += f"; branches not scaled in the file, scales set to 1: {few(self.unscaled)}"
         if self.differs:
             text += f"; built otherwise than the source: {', '.join(self.differs)}"
+        if self.assumed:
+            text += f"; the file does not tell {', '.join(self.assumed)}: so this model was built"
         return text
+
+
+class _Unread:
+    """Stands for an object of a pickle that holds no tensors of a network: takes everything, does nothing."""
+
+    def __init__(self, *content: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state_dict in a .safetensors file or a torch pickle, without ever running code from the file.
 
     Unwraps {"model": ...} and {"state_dict": ...}.  Raises ValueError if the file is damaged, holds no tensors, or is a
-    pickle that needs more than tensors, plain containers and argparse.Namespace.
+    pickle that needs more than tensors, plain containers, argparse.Namespace and mmengine's log, which is not read.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,7 +102,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            known = [argparse.Namespace, *((_Unread, name) for name in LOGGED)]
+            with torch.serialization.safe_globals(known), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch remarks on old pickle protocols; errors are told below
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -99,10 +130,11 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
     Strict: every tensor of the network must be there, and every tensor of the file must be known. Tensors that the
     authors' network builds and never uses are dropped. Classifiers may differ: a distillation head that the model
     lacks is dropped too, heads that a segmentation or detection file lacks keep their values. A file of the float
-    network may start a quantised one: step sizes are computed, scales of branches 1. The report says all that.
+    network may start a quantised one: step sizes are computed, scales of branches 1. The report says all that, and
+    what the file cannot tell of how the model is to be built (of Spike2Former: levels, alpha, layout).
     Raises ValueError otherwise, and the model is then unchanged.
     """
-    names = KEY_MAPS.get(type(model))
+    names = _names_of(model)
     if names is None:
         raise ValueError(f"no checkpoint layout is known for {type(model).__name__}")
     for key in ("model", "state_dict"):
@@ -110,13 +142,56 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
             state_dict = state_dict[key]
     own, dropped, unknown = _translated(names, state_dict)
     own = _steps_of_other_bits_left_out(model, own)
-    foreign = [key for key in unknown if _unwrapped(key).startswith(OTHER_NETWORKS)]
+    if isinstance(model, Segmenter):
+        _check_segments(own, unknown, names=names)
+        foreign, kept = [], []
+    else:
+        foreign = [key for key in unknown if _unwrapped(key).startswith(OTHER_NETWORKS)]
+        kept = [key for key in model.state_dict() if key not in own and _is_head(key)]
     unknown = [key for key in unknown if key not in foreign]
     if unknown:
         hint = _low_bit_hint(unknown)
         raise ValueError(f"{len(unknown)} tensors in the file are not of {type(model).__name__}: {few(unknown)}{hint}")
-    kept = [key for key in model.state_dict() if key not in own and _is_head(key)]
-    return _load(model, own, kept=kept, dropped=[*dropped, *foreign], describe=names.describe_widths)
+    report = _load(model, own, kept=kept, dropped=[*dropped, *foreign], describe=names.describe_widths)
+    return replace(report, framework=_framework(state_dict), assumed=_assumed(model, names))
+
+
+def _check_segments(own: dict[str, Tensor], unknown: list[str], *, names: SegmenterKeys) -> None:
+    """Raises ValueError if an authors' file, `own` by our names, has not the head of the segmenter that it is for."""
+    strange = [key for key in unknown if _unwrapped(key).startswith(OTHER_NETWORKS)]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} tensors in the file are unknown: {few(strange)}; what is read: {names.head.LAYOUT}"
+        )
+    if not any(_is_head(key) for key in own):
+        raise ValueError(
+            "the file has no segmentation head (no neck, no decode_head): it holds a backbone only. Start a segmenter "
+            "from it with load_backbone, or train with init.backbone=FILE"
+        )
+
+
+def _assumed(model: nn.Module, names: KeyMap) -> tuple[str, ...]:
+    """What the options are, here, that no tensor of the authors' file shows."""
+    if not isinstance(names, SegmenterKeys):
+        return ()
+    configs = (model.config, model.config.head)
+    return tuple(
+        f"{name}={next(getattr(config, name) for config in configs if hasattr(config, name))!r}"
+        for name in names.head.UNTOLD
+    )
+
+
+def _framework(keys: Iterable[str]) -> str:
+    """What wrote a file with such `keys`, as far as they show."""
+    bare = [key.removeprefix("module.") for key in keys]
+    found = [name for prefix, name in FRAMEWORKS.items() if any(key.startswith(prefix) for key in bare)]
+    found += ["DistributedDataParallel"] if bare != list(keys) else []
+    return " and ".join(dict.fromkeys(found))
+
+
+def _names_of(model: nn.Module) -> KeyMap | None:
+    """The authors' keys for networks such as `model`."""
+    return keys_of(model.config) if isinstance(model, Segmenter) else KEY_MAPS.get(type(model))
 
 
 def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -136,37 +211,59 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     tensors that the authors' network never uses. What the source lacks is new: Xavier weights, zero biases, anything
     else (a threshold, a norm) as it was built. Step sizes are computed from the weights where the source has none or is
     known to have been quantised otherwise; scales of branches that the source did not scale are 1.
+    A segmenter takes the stages of a classifier, or another segmenter (ours or the authors'); what that lacks of its
+    head is left as built.
     Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
     """
     path = Path(source)
     if path.is_dir():
         path = _weights_in(path)
     weights = read_checkpoint(path)
-    names = KEY_MAPS.get(type(model))
+    names = _names_of(model)
     dropped: list[str] = []
     if all(key.startswith((ENCODER, DECODER)) for key in weights):  # a pre-training that is still going
         dropped = [key for key in weights if key.startswith(DECODER)]
         weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key not in dropped}
     own = model.state_dict()
-    if names is not None and not any(key in own and not _is_head(key) for key in weights):
+    segments = isinstance(model, Segmenter)
+    if segments and not any(key in own for key in weights):
+        weights, dropped = _for_segmenter(model, weights, names=names)
+    elif names is not None and not any(key in own and not _is_head(key) for key in weights):
         translated, dropped, unknown = _translated(names, weights)
         weights = _steps_of_other_bits_left_out(model, translated) | {key: weights[key] for key in unknown}
     stored = _stored_config(path.parent)
     if _quantized_otherwise(model, stored):
         weights = {key: value for key, value in weights.items() if not key.endswith(STEPS)}
-    # A classifier comes whole or not at all: one step size for all classes would fit any number of them.
-    other = {_top(key) for key in weights if _is_head(key) and key in own and weights[key].shape != own[key].shape}
-    weights = {key: value for key, value in weights.items() if _top(key) not in other}
+    # A classifier comes whole or not at all: one step size for all classes would fit any number of them. Of the head of
+    # a segmenter that is one layer.
+    place = _module if segments else _top
+    other = {place(key) for key in weights if _is_head(key) and key in own and weights[key].shape != own[key].shape}
+    weights = {key: value for key, value in weights.items() if place(key) not in other}
     kept = [key for key in own if key not in weights]
     if len(kept) == len(own):
         raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
     describe = names.describe_widths if names is not None else None
     report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
-    _initialise(model, set(report.kept))
+    _initialise(model, {key for key in report.kept if not (segments and _is_head(key))})
     return replace(report, differs=_differences(model, stored))
 
 
-def _translated(names: ModuleType, file: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+def _for_segmenter(
+    model: Segmenter, file: dict[str, Tensor], *, names: SegmenterKeys | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A segmenter's names for the tensors of a classifier (either's) or of the authors' segmenter; keys of no use."""
+    stages = model.backbone.state_dict()
+    if any(key in stages for key in file):
+        return {f"backbone.{key}": file[key] for key in file if not _is_head(key)}, [*filter(_is_head, file)]
+    if names is None:
+        return file, []
+    translated, dropped, unknown = _translated(names, file)
+    useless = [key for key in unknown if _is_head(_unwrapped(key)) or _unwrapped(key).startswith(OTHER_NETWORKS)]
+    rest = {key: file[key] for key in unknown if key not in useless}
+    return _steps_of_other_bits_left_out(model, translated) | rest, [*dropped, *useless]
+
+
+def _translated(names: KeyMap, file: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Tensors of the authors' `file` by our names; keys of no use, step sizes never set first; keys unknown."""
     dropped = qsd_transformer.unset_steps(file)
     own: dict[str, Tensor] = {}
@@ -220,7 +317,14 @@ def _differences(model: nn.Module, stored: dict[str, Any]) -> tuple[str, ...]:
     free = ("steps", "num_classes", "distillation", "bits")
     overrides = stored.get("overrides", {})
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
-    own = {name: getattr(model.config, name, None) for name in values if name not in free}
+    configs = [model.config]
+    if isinstance(model, Segmenter):  # a classifier has all options in one config
+        configs += [model.backbone.config, model.config.head]
+    own = {
+        name: next((getattr(config, name) for config in configs if hasattr(config, name)), None)
+        for name in values
+        if name not in free
+    }
     found = tuple(f"{name}={own[name]}, there {values[name]}" for name in own if own[name] != values[name])
     if _quantized_otherwise(model, stored):
         found += (f"quantized={model.quantization}, there {stored['quantize']}",)
@@ -252,6 +356,10 @@ def _unwrapped(key: str) -> str:
 
 def _top(key: str) -> str:
     return key.split(".")[0]
+
+
+def _module(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _is_head(key: str) -> bool:

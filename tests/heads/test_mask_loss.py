@@ -189,3 +189,13 @@ def test_the_map_of_one_perfect_query_is_its_class_inside_its_mask():
 def test_a_query_that_says_no_object_paints_nothing():
     scores = MaskClassification(torch.tensor([[[0.0, 0, HUGE]]]), torch.full((1, 1, 4, 4), HUGE)).semantic((4, 4))
     assert scores.max() < 1e-6
+
+
+def test_at_the_resolution_of_the_masks_labels_shrink_instead():
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    labels[:, 2:] = 1
+    given = random_output(queries=3, classes=2, batch=1, size=2)
+    at_masks = all_mask_losses(given, labels, weights=MaskLossWeights(resolution="masks"))
+    expected = all_mask_losses(given, labels[:, ::2, ::2], weights=MaskLossWeights())
+    assert at_masks == expected
+    assert at_masks["loss_mask"] != all_mask_losses(given, labels, weights=MaskLossWeights())["loss_mask"]

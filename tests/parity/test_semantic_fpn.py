@@ -1,6 +1,5 @@
 """Semantic FPN in its integer form against the authors' code, in float64: logits and gradients to the last bit."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,13 @@ from safetensors.torch import load_file
 from spikeformers.heads import SemanticFPN, SemanticFPNConfig
 from spikeformers.layers import FeatureInfo
 from spikeformers.neurons import neuron_builder
+from spikeformers.weights.semantic_fpn import own_key
 
 HERE = Path(__file__).parent
-NAMES = (
-    (r"^neck\.lateral_convs\.(\d)\.", r"neck.lateral.\1.conv."),
-    (r"^neck\.fpn_convs\.(\d)\.", r"neck.output.\1.conv."),
-    (r"\.conv\.0\.", ".conv.conv."),
-    (r"\.conv\.1\.", ".conv.bn."),
-    (r"^decode_head\.conv_seg\.", "classifier.classify."),
-)
 
 
 def own_name(key: str) -> str:
-    for pattern, ours in NAMES:
-        key = re.sub(pattern, ours, key)
-    # Their lists hold layers and up-samplings in turn, each layer being neuron, convolution, norm.
-    return re.sub(
-        r"^decode_head\.scale_heads\.(\d)\.(\d)\.(\d)\.",
-        lambda m: f"classifier.branches.{m[1]}.{int(m[2]) // 2}.conv.{'bn' if m[3] == '2' else 'conv'}.",
-        key,
-    )
+    return own_key(key).removeprefix("head.")
 
 
 @pytest.fixture(scope="module")

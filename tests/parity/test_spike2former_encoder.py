@@ -5,7 +5,6 @@ of a pixel away. Moved there (the first test), ours agree up to the order of sum
 gradients through SDDA differ by as much, outputs not: the neurons behind it round the same way.
 """
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -18,36 +17,20 @@ from spikeformers.attention import SDDA, ReleasedSDDA, deformable_sampling
 from spikeformers.heads.pixel_decoder import Encoder, PixelDecoder, ReleasedSpikeMLP, SDTELayer
 from spikeformers.layers import ESC
 from spikeformers.neurons import neuron_builder
+from spikeformers.weights.spike2former import own_key
 
 HERE = Path(__file__).parent
 SUMS, FLOAT32_POINTS = 1e-12, 1e-6  # of a tensor's largest number, or of 1
-RENAMED = (  # of their names, in this order
-    (r"^lateral_convs\.(\d)", r"top_down.\1.lateral.conv"),
-    (r"^output_convs\.(\d)", r"top_down.\1.output"),
-    (r"^encoder_(in|out)_proj", r"\1put_proj.conv"),
-    (r"^mask_feature", "embedding"),
-    (r"^encoder\.layers\.(\d)", r"encoders.0.layer\1"),
-    (r"\bgamma1$", "esc_scale"),
-    (r"\bgamma2$", "attn_scale"),
-    (r"\bgamma3$", "mlp_scale"),
-    (r"\bConv\.", "esc."),
-    (r"\bdw_conv\.", "query.dw."),
-    (r"\boffset\.", "offset_conv."),
-    (r"\bmask\.", "attn_conv."),
-    (r"\bdcn\.", "attn."),
-    (r"\bffn\.", "mlp."),
-    (r"\bfc(\d)_(conv|bn)\.", r"mlp.conv\1.\2."),
-    (r"\bpwconv(\d)", r"pw\1"),
-    (r"\bdwconv\b", "dw"),
-    (r"\.0\.(weight|bias)$", r".conv.\1"),
-    (r"\.1\.(\w+)$", r".bn.\1"),
-)
+# Where the reference's parts stand in the authors' pixel decoder, and in ours.
+LAYER = ("encoder.layers.0.", "encoders.0.layer0.")
+PARTS = {"dcn.input_proj.": "attn.input_proj.", "dcn.": "attn.", "ffn.": "mlp."}
+PLACES = (("", ""), LAYER, *((LAYER[0] + theirs, LAYER[1] + ours) for theirs, ours in PARTS.items()))
 
 
 def own_name(name: str) -> str:
-    for theirs, ours in RENAMED:
-        name = re.sub(theirs, ours, name)
-    return name
+    """Our name of a tensor of the pixel decoder, or of one of its parts."""
+    names = [(own_key(f"decode_head.pixel_decoder.{theirs}{name}"), ours) for theirs, ours in PLACES]
+    return next(own.removeprefix(f"head.pixel_decoder.{ours}") for own, ours in names if own is not None)
 
 
 def load(module: nn.Module, theirs: dict[str, Tensor]) -> nn.Module:

@@ -4,7 +4,6 @@ Weights and inputs are equal, so values differ by the order of sums only: 1e-12 
 positions of pixels in float32, but they only enter neurons, where no spike here depends on the difference.
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -18,48 +17,18 @@ from spikeformers.heads.masks import MaskClassification
 from spikeformers.heads.spike2former import Spike2FormerConfig, Spike2FormerHead
 from spikeformers.layers import FeatureInfo
 from spikeformers.neurons import neuron_builder
+from spikeformers.weights.spike2former import own_key
 
 DIM, HEADS, HIDDEN = 32, 4, 64
-# Their names for parts of ours, applied in order.
-RENAMED = {
-    r"^w$": "embedding.shortcut.weight",
-    r"\.encoder\.layers\.": ".encoders.0.layer",
-    r"gamma1": "esc_scale",
-    r"gamma2": "attn_scale",
-    r"gamma3": "mlp_scale",
-    r"\.Conv\.": ".esc.",
-    r"dcn\.dw_conv": "attn.query.dw",
-    r"dcn\.offset": "attn.offset_conv",
-    r"dcn\.mask": "attn.attn_conv",
-    r"dcn\.": "attn.",
-    r"(pw|dw)conv": r"\1",
-    r"ffn\.fc(\d)_(conv|bn)": r"mlp.mlp.conv\1.\2",
-    r"encoder_in_proj": "input_proj.conv",
-    r"encoder_out_proj": "output_proj.conv",
-    r"lateral_convs\.(\d)": r"top_down.\1.lateral.conv",
-    r"output_convs\.(\d)": r"top_down.\1.output",
-    r"mask_feature": "embedding",
-    r"transformer_decoder": "decoder",
-    r"attn\.(q|k|v)_conv": r"\1.conv",
-    r"attn\.out_conv": "proj",
-    r"query_feat\.weight": "decoder.query_features",
-    r"query_embed\.weight": "decoder.query_positions",
-    r"level_embed\.weight": "decoder.level_embeddings",
-    r"cls_embed": "embedding.classifier",
-    r"mask_embed\.fc_out": "embedding.mask_mlp.conv3",
-    r"mask_embed\.fc(\d)": r"embedding.mask_mlp.conv\1",
-    r"shortcut_conv": "embedding.shortcut.conv",
-    r"\bfc(\d)": r"conv\1.conv",
-    r"\bbn(\d)": r"conv\1.bn",
-    r"\.0\.(weight|bias)$": r".conv.\1",
-    r"\.1\.(weight|bias|running_mean|running_var)$": r".bn.\1",
-}
+# Where the reference's parts stand in the authors' head, and in ours.
+LAYER = ("transformer_decoder.layers.0.", "decoder.layers.0.")
+PLACES = (("", ""), LAYER, *((f"{LAYER[0]}{part}.", f"{LAYER[1]}{part}.") for part in ("cross_attn", "ffn")))
 
 
 def own_name(name: str) -> str:
-    for theirs, ours in RENAMED.items():
-        name = re.sub(theirs, ours, name)
-    return name
+    """Our name of a tensor of the head, or of one of its parts."""
+    names = [(own_key(f"decode_head.{theirs}{name}"), ours) for theirs, ours in PLACES]
+    return next(own.removeprefix(f"head.{ours}") for own, ours in names if own is not None)
 
 
 @pytest.fixture(scope="module")

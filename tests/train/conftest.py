@@ -7,6 +7,8 @@ import pytest
 
 from spikeformers.data.augment import Augment
 from spikeformers.data.images import ImageData
+from spikeformers.data.segmentation import SegmentationData
+from spikeformers.data.segmentation_augment import SegmentationAugment
 from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
 
 
@@ -31,5 +33,28 @@ def tiny() -> Callable[..., Recipe]:
         batch_size=8,
         testing=Testing(energy_images=4),
         threads=1,
+    )
+    return lambda **changes: dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture
+def segmenting(tiny, painted) -> Callable[..., Recipe]:
+    """The same backbone with Semantic FPN on the painted folder; call with fields of `Recipe` to change."""
+    recipe = tiny(
+        name="segmenting",
+        data=SegmentationData(
+            source="maskfolder", root=str(painted), size=(32, 32), augment=SegmentationAugment(flip=0.5)
+        ),
+        model=ModelChoice(
+            name="meta_spikeformer_15m_fpn_ade20k",
+            neuron="ni_lif",
+            dims=(8, 8, 8, 8),
+            strides=(2, 2, 2, 2, 1),
+            blocks=(1, 1, 1, 1, 1),
+            options={"heads": 2, "neck_dim": 8, "fpn_dim": 8},
+        ),
+        optim=Optim(lr=5e-3, schedule="poly", rates={"head": 2.0}, clip_grad=1.0),
+        batch_size=2,
+        testing=Testing(energy_images=2, integer_images=2),
     )
     return lambda **changes: dataclasses.replace(recipe, **changes)

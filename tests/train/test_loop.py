@@ -153,8 +153,8 @@ def test_the_same_seed_gives_the_same_network_and_another_does_not(tiny, tmp_pat
     assert not torch.equal(weights[0], weights[2])
     assert again.predictions == result.summaries[0].predictions
     accuracies = [each.accuracy for each in result.summaries]
-    assert result.accuracy_mean == pytest.approx(sum(accuracies) / 2)
-    assert result.accuracy_sd == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert result.mean == pytest.approx(sum(accuracies) / 2)
+    assert result.sd == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert json.loads((tmp_path / "two" / "seeds.json").read_text())["accuracies"] == accuracies
 
 
@@ -262,7 +262,7 @@ def test_only_the_main_process_writes_the_seeds_file(tiny, tmp_path, monkeypatch
     summary = train(tiny(epochs=1), run=tmp_path / "seed-0")
     monkeypatch.setattr("spikeformers.train.seeds.train", lambda *_, **__: summary)
     monkeypatch.setattr(PartialState, "is_main_process", False)
-    assert train_seeds(tiny(), (0,), run=tmp_path).accuracy_mean == summary.accuracy
+    assert train_seeds(tiny(), (0,), run=tmp_path).mean == summary.accuracy
     assert not (tmp_path / "seeds.json").exists()
 
 

@@ -106,3 +106,58 @@ def test_clipping_scales_gradients_and_reports_the_norm_before():
     assert float(gradient_norm(layer, clip=0.0)) == pytest.approx(5.0)
     assert float(gradient_norm(layer, clip=1.0)) == pytest.approx(5.0)
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]))
+
+
+def test_the_poly_schedule_falls_in_a_straight_line_behind_the_warm_up():
+    optim = Optim(schedule="poly", warmup_epochs=1, min_lr=0.0)
+    rates = [learning_rate(step, steps_per_epoch=4, epochs=5, peak=1.0, optim=optim) for step in range(21)]
+    assert rates[:4] == [0, 0.25, 0.5, 0.75]
+    assert rates[4:] == pytest.approx([1 - step / 16 for step in range(17)])
+
+
+def test_the_poly_schedule_ends_at_the_least_rate():
+    optim = Optim(schedule="poly", min_lr=0.2)
+    rates = [learning_rate(step, steps_per_epoch=1, epochs=4, peak=1.0, optim=optim) for step in range(5)]
+    assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def parts() -> nn.ModuleDict:
+    """A backbone and a head with a layer, a norm and queries."""
+    head = nn.ModuleDict({"layer": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2), "query_feat": nn.Embedding(3, 2)})
+    return nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": head})
+
+
+def found(model: nn.Module, optim: Optim) -> dict[str, tuple[float, float]]:
+    """Rate at a rate of 1, and decay, of each parameter."""
+    optimizer = build_optimizer(model, optim)
+    set_rate(optimizer, 1.0)
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups) == len([*model.parameters()])
+    return {name: (groups[id(each)]["lr"], groups[id(each)]["weight_decay"]) for name, each in model.named_parameters()}
+
+
+def test_each_part_of_the_network_learns_at_its_own_rate():
+    rates = {"backbone": 0.1, "head": 2.0, "head.query_feat": 3.0}
+    values = found(parts(), Optim(rates=rates, weight_decay=0.05))
+    assert values["backbone.weight"] == (0.1, 0.05)
+    assert values["backbone.bias"] == (0.1, 0.0)
+    assert values["head.layer.weight"] == (2.0, 0.05)
+    assert values["head.norm.weight"] == (2.0, 0.0)
+    assert values["head.query_feat.weight"] == (3.0, 0.05)  # the longest name that fits
+
+
+def test_parameters_are_decayed_by_name():
+    values = found(parts(), Optim(undecayed=("query_feat",), decay_1d=True, weight_decay=0.05))
+    assert values.pop("head.query_feat.weight") == (1.0, 0.0)
+    assert set(values.values()) == {(1.0, 0.05)}
+
+
+def test_names_that_no_parameter_has_are_refused():
+    with pytest.raises(ValueError, match=r"optim\.rates\.backbones names no part of the network; closest: backbone"):
+        build_optimizer(parts(), Optim(rates={"backbones": 0.1}))
+    with pytest.raises(ValueError, match=r"optim\.rates\.back names no part"):  # whole names only
+        build_optimizer(parts(), Optim(rates={"back": 0.1}))
+    with pytest.raises(ValueError, match=r"optim\.undecayed: no parameter has 'query_embed' in its name"):
+        build_optimizer(parts(), Optim(undecayed=("query_embed",)))
+    with pytest.raises(ValueError, match=r"optim\.layer_decay=0\.5 makes its own groups"):
+        build_optimizer(parts(), Optim(layer_decay=0.5, decay_1d=True))

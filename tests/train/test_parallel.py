@@ -11,13 +11,15 @@ from torch import nn
 
 from spikeformers.attention import MPRF
 from spikeformers.backbones.qsd_transformer import ANN_TWIN
-from spikeformers.data.images import ImageSplit, load_split
+from spikeformers.data.images import ImageSplit
+from spikeformers.data.splits import load_split
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import batches_of
 from spikeformers.train.loop import build_model, train
 from spikeformers.train.parallel import SyncedBatchNorm2d, local_bn, sync_bn
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import FineGrained, ModelChoice, Optim, Pretrain, Saving, override
+from spikeformers.train.recipe import FineGrained, ModelChoice, Optim, Pretrain, Saving, from_json, override
+from spikeformers.train.segmentation_evaluate import evaluate_segmentation
 from spikeformers.train.summary import read_summary
 from spikeformers.zoo import create_model
 
@@ -58,7 +60,7 @@ def weights_of(run, *, buffers):
 
 
 @pytest.fixture
-def trained(tiny, tmp_path):
+def trained(tiny, segmenting, tmp_path):
     """Runs of two processes in folders free2 and synced2, and messages of two that were spoilt; with their recipes."""
     # SGD: Adam would hide a wrong scale of the averaged gradients
     optim = Optim(name="sgd", lr=0.02)
@@ -78,6 +80,7 @@ def trained(tiny, tmp_path):
     taught = dataclasses.replace(synced, model=student, fgd=FineGrained(teacher=str(tmp_path / "twin")))
     jobs = [(free, tmp_path / "free2"), (synced, tmp_path / "synced2"), (mae, tmp_path / "mae2")]
     jobs.append((taught, tmp_path / "taught2"))
+    jobs.append((segmenting(precision="float64", epochs=1, saving=Saving(keep=0)), tmp_path / "segmented2"))
     spoilt = {part: (base, tmp_path / part) for part in ("train", "test")}
     torch.multiprocessing.spawn(work, (port, jobs, spoilt), nprocs=2)
     return free, synced, mae, taught, tmp_path
@@ -112,6 +115,14 @@ def test_two_processes_equal_one(trained):
     model.load_state_dict(averaged["ema"])
     found = MaskedModelling(mae).test(model, batches_of(load_split(mae.data, "test"), batch_size=mae.batch_size))
     assert read_summary(folder / "mae2").loss == pytest.approx(found.loss, rel=1e-9)
+
+    # Segmentation: each process tests pictures of its own size, one by one, and both know the sum.
+    summary = read_summary(folder / "segmented2")
+    recipe = from_json(summary.recipe)
+    model = build_model(recipe, num_classes=3, in_channels=3).double()
+    model.load_state_dict(checkpoint.load(folder / "segmented2" / "checkpoints" / "epoch-0001")[0])
+    found = evaluate_segmentation(model, batches_of(load_split(recipe.data, "test"), batch_size=2))
+    assert found.confusion.tolist() == summary.confusion
 
     # What is not finite in one process only ends both, with the same words; a deadlock would be the alternative.
     for part, message in (("train", "an input image has values that are not finite"), ("test", "test batch 0 gives")):

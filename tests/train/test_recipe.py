@@ -79,6 +79,32 @@ def test_a_recipe_survives_json(tiny):
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
 
 
+def test_data_of_every_kind_survives_json_and_can_be_set(segmenting):
+    recipe = segmenting()
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+    changed = override(recipe, "data.augment.scale", "0.5,2")
+    assert changed.data.augment.scale == (0.5, 2.0)
+    changed = override(override(changed, "optim.rates.backbone", "0.1"), "segmentation.test", "slide")
+    assert changed.optim.rates == {"head": 2.0, "backbone": 0.1}
+    assert from_json(json.loads(json.dumps(to_json(changed)))) == changed
+    with pytest.raises(ValueError, match=r"optim\.rates\.backbone must be a factor above 0, such as 0\.1, got 'slow'"):
+        override(recipe, "optim.rates.backbone", "slow")
+
+
+def test_data_of_two_kinds_differ_in_every_field_that_one_lacks(tiny, segmenting):
+    found = differences(tiny(), segmenting())
+    assert "data.source: digits -> maskfolder" in found
+    assert any(each.startswith("data.short_side: absent -> ") for each in found)
+
+
+def test_data_of_an_unknown_kind_is_refused(tiny):
+    stored = to_json(tiny())
+    with pytest.raises(ValueError, match=r"unknown data\.source 'camvids'; closest: camvid"):
+        from_json(stored | {"data": stored["data"] | {"source": "camvids"}})
+    with pytest.raises(ValueError, match=r"unknown recipe field data\.eval_crop"):
+        from_json(stored | {"data": stored["data"] | {"source": "camvid"}})
+
+
 def test_stored_recipes_that_do_not_fit_are_refused(tiny):
     stored = to_json(tiny())
     with pytest.raises(ValueError, match=r"unknown recipe field optim.momentun"):

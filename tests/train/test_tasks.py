@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,6 +11,8 @@ from spikeformers.train.recipe import Distill, Pretrain, override
 from spikeformers.train.tasks import Classification, build_task, build_teacher, cross_entropy, distillation_loss
 
 TEACHER = "test_vit"  # a network of timm with 0.4 M parameters
+CPU = torch.device("cpu")
+DIGITS = SimpleNamespace(classes=range(10), in_channels=1)  # what a task asks of a split
 
 
 def test_smoothed_cross_entropy_by_hand():
@@ -91,20 +94,19 @@ def test_the_loss_is_taken_against_the_mixed_targets():
 
 def test_mixup_gives_soft_targets_and_wants_even_batches(tiny):
     data = dataclasses.replace(tiny().data, augment=Augment(mixup=0.8, cutmix=1.0))
-    sizes = {"num_classes": 10, "in_channels": 1, "device": torch.device("cpu")}
-    task = build_task(tiny(data=data), **sizes)
+    task = build_task(tiny(data=data), split=DIGITS, device=CPU)
     seen = []
     images, labels = torch.randn(8, 1, 4, 4), torch.arange(8)
     loss = task.loss(lambda images: seen.append(images) or torch.zeros(8, 10), images, labels, epoch=999)
     assert float(loss) == pytest.approx(torch.log(torch.tensor(10.0)))  # uniform logits: any target costs log 10
     assert seen[0].shape == (8, 1, 4, 4)
     with pytest.raises(ValueError, match="batch_size must be even, got 7"):
-        build_task(tiny(data=data, batch_size=7), **sizes)
+        build_task(tiny(data=data, batch_size=7), split=DIGITS, device=CPU)
 
 
 def test_after_the_mixing_epochs_images_and_labels_are_plain_and_still_smoothed(tiny):
     data = dataclasses.replace(tiny().data, augment=Augment(mixup=0.8, mixing_epochs=2))
-    task = build_task(tiny(data=data, label_smoothing=0.1), num_classes=10, in_channels=1, device=torch.device("cpu"))
+    task = build_task(tiny(data=data, label_smoothing=0.1), split=DIGITS, device=CPU)
     logits, images, labels = torch.randn(8, 10), torch.randn(8, 1, 4, 4), torch.arange(8)
     plain = []
     for epoch in range(4):
@@ -119,4 +121,4 @@ def test_pretraining_refuses_what_it_does_not_do(tiny):
     recipe = tiny(pretrain=Pretrain(mask_ratio=0.5))
     for each in (override(recipe, "quantize.bits", "4"), override(recipe, "fgd.teacher", "runs/ann")):
         with pytest.raises(ValueError, match="neither low-bit weights nor a teacher"):
-            build_task(each, num_classes=10, in_channels=1, device=torch.device("cpu"))
+            build_task(each, split=DIGITS, device=CPU)

@@ -211,3 +211,47 @@ def test_a_checkpoint_of_a_pre_training_drops_its_decoder_by_name_and_others_not
     save_file(weights | {"anything.else": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"unexpected|holds no weight"):
         load_backbone(model_of(), tmp_path / "other.safetensors")
+
+
+def segmenter_of(**overrides) -> torch.nn.Module:
+    sizes = {"dims": TINY["dims"], "steps": 1, "neck_dim": 8, "fpn_dim": 8, "num_classes": 5}
+    return create_model("meta_spikeformer_15m_fpn_ade20k", **(sizes | overrides))
+
+
+@pytest.mark.parametrize("kind", ["run", "official"])
+def test_a_segmenter_takes_the_stages_of_a_classifier_and_keeps_its_head_as_built(kind, official, tmp_path):
+    classifier = model_of(steps=1)
+    if kind == "official":
+        load_official(classifier, official)
+        save_file(official, tmp_path / "official.safetensors")
+    else:
+        classifier.save_pretrained(tmp_path / "run" / "model")
+    model = segmenter_of()
+    head = values(model.head)
+    report = load_backbone(model, tmp_path / ("official.safetensors" if kind == "official" else "run"))
+    theirs = values(classifier)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.backbone.state_dict().items())
+    assert unchanged(model.head, head)
+    assert {"head.weight", "head.bias"} <= set(report.dropped)
+    assert set(report.kept) == {f"head.{key}" for key in head}
+    assert report.differs == ()
+
+
+def test_a_segmenter_takes_another_one_but_for_the_layer_of_other_classes(tmp_path):
+    source = segmenter_of(num_classes=3)
+    source.save_pretrained(tmp_path / "model")
+    same, other = segmenter_of(num_classes=3), segmenter_of()
+    assert load_backbone(same, tmp_path).kept == ()
+    assert unchanged(same, values(source))
+    before, theirs = values(other), values(source)
+    report = load_backbone(other, tmp_path)
+    new = {"head.classifier.classify.weight", "head.classifier.classify.bias"}
+    assert set(report.kept) == new
+    assert all(torch.equal(tensor, (before if key in new else theirs)[key]) for key, tensor in values(other).items())
+
+
+def test_a_segmenter_built_otherwise_than_its_source_says_so(tmp_path):
+    model_of(steps=1, heads=4).save_pretrained(tmp_path / "model")
+    assert load_backbone(segmenter_of(), tmp_path).differs == ("heads=8, there 4",)
+    with pytest.raises(ValueError, match="another shape"):
+        load_backbone(segmenter_of(dims=(8, 16, 32, 48)), tmp_path)

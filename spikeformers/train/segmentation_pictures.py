@@ -1,0 +1,138 @@
+"""What a segmentation looks like: classes laid over pictures, masks of queries, points that attention samples.
+
+Paper: Spike2Former, Fig. 3 (mean mask of each query over a test split) and Fig. 2 (sampling points).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import draw_segmentation_masks, make_grid
+
+from spikeformers.attention import SDDA
+from spikeformers.data.augment import to_pil
+from spikeformers.data.segmentation import SegmentationSplit
+from spikeformers.data.segmentation_augment import IGNORE
+from spikeformers.heads.masks import MaskClassification
+from spikeformers.train.evaluate import batches_of, drawn
+from spikeformers.train.segmentation_evaluate import Windows, scores_of
+
+SAMPLES, QUERIES, SAMPLING = "segmentation.png", "queries.png", "sampling.png"  # in a run's folder
+_SHOWN = 4  # test pictures
+_WIDTH = 320  # pixels of a shown picture
+_AVERAGED = 64  # test pictures behind the mean masks
+_QUERY_SIDE = 64  # pixels of a mean mask
+_OPACITY = 0.6
+_LINE, _COLUMN = 18, 170  # pixels of an entry of a legend
+
+
+def overlay(picture: Tensor, labels: Tensor, *, colours: Tensor) -> Tensor:
+    """A picture uint8 [C,H,W] under the colours uint8 [N,3] of its labels [H,W], uint8 [3,H,W]; 255 stays bare."""
+    picture = picture.expand(3, -1, -1).contiguous()
+    present = [label for label in labels.unique().tolist() if label != IGNORE]
+    if not present:
+        return picture
+    masks = torch.stack([labels == label for label in present])
+    return draw_segmentation_masks(picture, masks, alpha=_OPACITY, colors=[tuple(colours[i].tolist()) for i in present])
+
+
+def shares_of(labels: Tensor) -> list[tuple[int, float]]:
+    """The classes in a map of labels with their share of its pixels, largest first."""
+    found, counts = labels.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return [(int(found[i]), int(counts[i]) / labels.numel()) for i in order]
+
+
+def with_legend(picture: Tensor, entries: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """A picture uint8 [3,H,W] above a strip that names what its colours are."""
+    width = max(picture.shape[2], _COLUMN)
+    columns = max(width // _COLUMN, 1)
+    rows = -(-len(entries) // columns)
+    page = Image.new("RGB", (width, picture.shape[1] + rows * _LINE + 8), "white")
+    page.paste(to_pil(picture), (0, 0))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    for index, (name, colour) in enumerate(entries):
+        left, top = index % columns * _COLUMN + 4, picture.shape[1] + index // columns * _LINE + 5
+        draw.rectangle((left, top, left + 12, top + 12), fill=tuple(colour.tolist()), outline="grey")
+        draw.text((left + 18, top - 1), name, fill="black", font=font)
+    return page
+
+
+@torch.no_grad()
+def draw_samples(model: nn.Module, split: SegmentationSplit, path: Path, *, windows: Windows | None = None) -> None:
+    """Write rows of picture, truth and prediction of some test pictures to a PNG file."""
+    colours, tiles = torch.as_tensor(split.colours), []
+    for index in drawn(len(split), _SHOWN):
+        picture, truth = split.picture(index), split.mask(index)
+        scores = scores_of(model, split[index][0][None], size=tuple(truth.shape), windows=windows)
+        for labels in (None, truth, scores[0].argmax(0)):
+            tile = picture.expand(3, -1, -1) if labels is None else overlay(picture, labels, colours=colours)
+            tiles.append(_fitted(tile))
+    height = max(tile.shape[1] for tile in tiles)
+    tiles = [F.pad(tile, (0, 0, 0, height - tile.shape[1]), value=255) for tile in tiles]
+    _save(to_pil(make_grid(tiles, nrow=3, padding=4, pad_value=255)), path)
+
+
+def _fitted(picture: Tensor) -> Tensor:
+    """uint8 [3,H,W] at the width of the page, its ratio kept; small pictures are enlarged without smoothing."""
+    height = max(1, round(picture.shape[1] * _WIDTH / picture.shape[2]))
+    mode = {"mode": "nearest"} if picture.shape[2] < _WIDTH else {"mode": "bilinear", "antialias": True}
+    return F.interpolate(picture[None].float(), (height, _WIDTH), **mode)[0].round().byte()
+
+
+@torch.no_grad()
+def draw_queries(model: nn.Module, split: Dataset, path: Path) -> bool:
+    """Write the mean mask of each query over test pictures to a PNG file; False for a head without queries."""
+    total, count = 0, 0
+    for images, _ in batches_of(split, batch_size=1, images=_AVERAGED):
+        output = model(images)
+        if not isinstance(output, MaskClassification):
+            return False
+        masks = F.interpolate(output.mask_logits, (_QUERY_SIDE, _QUERY_SIDE), mode="bilinear").sigmoid()
+        total, count = total + masks.sum(0), count + 1
+    means = (total / count).unsqueeze(1)
+    low, high = means.amin((2, 3), keepdim=True), means.amax((2, 3), keepdim=True)  # each by its own contrast
+    shown = ((means - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
+    _save(to_pil(make_grid(shown, nrow=10, padding=2, pad_value=255)), path)
+    return True
+
+
+@torch.no_grad()
+def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> bool:
+    """Write where the last deformable attention samples for the middle pixel of a test picture to a PNG file.
+
+    False for a network without deformable attention.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, SDDA)]
+    if not attentions:
+        return False
+    index = drawn(len(split), 1)[0]
+    inputs: list[Tensor] = []
+    handle = attentions[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        model(split[index][0][None])
+    finally:
+        handle.remove()
+    points = attentions[-1].sampling_points(inputs[0])[0]
+    height, width = points.shape[-2:]
+    chosen = points[..., height // 2, width // 2].flatten(0, 1)
+    picture = _fitted(split.picture(index).expand(3, -1, -1))
+    scale = torch.tensor([picture.shape[2] / width, picture.shape[1] / height])
+    page = to_pil(picture)
+    draw = ImageDraw.Draw(page)
+    for x, y in ((chosen + 0.5) * scale).tolist():
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="yellow", outline="black")
+    x, y = (torch.tensor([width // 2, height // 2]) + 0.5).mul(scale).tolist()
+    draw.rectangle((x - 4, y - 4, x + 4, y + 4), outline="red", width=2)
+    _save(page, path)
+    return True
+
+
+def _save(page: Image.Image, path: Path) -> None:
+    partial = path.with_name(f".tmp-{path.name}")
+    page.save(partial, format="PNG")
+    partial.replace(path)

@@ -1,0 +1,54 @@
+"""Neurons that never fire, which a training seldom survives unnoticed.
+
+Behind a silent neuron a map is constant, and each batch norm that follows multiplies gradients by 1/sqrt(eps), about
+316: the norm of the first gradient may overflow (that of the whole Spike2Former from random weights does, with D = 8).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from spikeformers.energy.firing import neurons_of
+from spikeformers.weights.load import few
+
+FIRST = "the first step"
+
+
+@contextmanager
+def silent_neurons(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the neurons that have not fired yet in any forward pass inside the block, in network order.
+
+    It hears the network as it trains, on the statistics of the batch; spikes are not kept, so it costs no memory.
+    """
+    neurons = neurons_of(model)
+    silent = list(neurons)
+
+    def listen(name: str):
+        def hook(neuron: nn.Module, _, spikes: Tensor) -> None:
+            if name in silent and spikes.detach().any():
+                silent.remove(name)
+
+        return hook
+
+    handles = [neuron.register_forward_hook(listen(name)) for name, neuron in neurons.items()]
+    try:
+        yield silent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def described(names: Sequence[str], where: str) -> str:
+    """A line about neurons that gave no spike there."""
+    return f"silent in {where}: {few(list(names))} ({len(names)} without any spike)"
+
+
+def cure(names: Sequence[str]) -> str:
+    """What to add to the complaint about a first step that is not finite, given the neurons silent in it."""
+    if not names:
+        return ""
+    return (
+        f"; {described(names, FIRST)}: batch norms behind them swell gradients, so start from trained weights "
+        "(init.backbone), or use larger batches or fewer model.levels"
+    )

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from spikeformers.deploy.counts import CountNeuron, to_uint8
 from spikeformers.deploy.joint import OPERANDS
+from spikeformers.deploy.outputs import largest_difference, predictions
 from spikeformers.energy.firing import record
 
 JOINT = ".qkv"  # the neuron of a joint attention, which stands for those of q, k and v
@@ -57,14 +59,16 @@ class IntegerReport:
 class Agreement:
     """How far the engine predicts what the float model predicts, over `total` images.
 
-    `different`: indices of the images whose predicted class differs; `flipped`: of those where any count of any neuron
-    does.  `flip_rates`: per neuron, the share of its counts that differ.  `largest_error`: of any logit.
+    `different`: indices of the images whose predicted class differs, or that of any pixel where pixels have classes;
+    `flipped`: of those where any count of any neuron does.  `equal`: share of all predictions (images, or pixels) that
+    are the same.  `flip_rates`: per neuron, the share of its counts that differ.  `largest_error`: of any logit.
     """
 
     same: int
     total: int
     different: tuple[int, ...]
     flipped: tuple[int, ...]
+    equal: float
     flip_rates: dict[str, float]
     largest_error: float
 
@@ -80,16 +84,19 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
     neurons = {name: module for name, module in engine.net.named_modules() if isinstance(module, CountNeuron)}
     flips, sizes, first_names = Counter(), Counter(), _first_names(model)
-    different, flipped, total, largest = [], [], 0, 0.0
+    different, flipped, total, equal, largest = [], [], 0, 0.0, 0.0
     first = next(model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
         batch = (batch if isinstance(batch, Tensor) else batch[0]).to(first.device, first.dtype)
         with record(model) as wanted, listening(neurons) as got:
-            expected, logits = model(batch).to(engine.device), engine(batch)
-        count = len(logits)
-        wrong = (expected.argmax(1) != logits.argmax(1)).nonzero().flatten()
+            expected, found = tree_map(lambda each: each.to(engine.device), model(batch)), engine(batch)
+        size = tuple(batch.shape[-2:])
+        agree = predictions(model, expected, size) == predictions(model, found, size)
+        count = len(agree)
+        wrong = (~agree).view(count, -1).any(1).nonzero().flatten()
+        equal += float(agree.double().mean()) * count
         anywhere = torch.zeros(count, dtype=torch.bool, device=engine.device)
-        largest = max(largest, float((expected - logits).abs().max()))
+        largest = max(largest, largest_difference(expected, found))
         for name, counts in got.items():
             differs = wanted[first_names[name]].to(engine.device) != counts
             flips[name] += int(differs.sum())
@@ -101,7 +108,15 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
     if not total:
         raise ValueError("no image to compare: the loader gave no batch")
     rates = {name: flips[name] / sizes[name] for name in sizes}
-    return Agreement(total - len(different), total, tuple(different), tuple(flipped), rates, largest)
+    return Agreement(
+        same=total - len(different),
+        total=total,
+        different=tuple(different),
+        flipped=tuple(flipped),
+        equal=equal / total,
+        flip_rates=rates,
+        largest_error=largest,
+    )
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -23,15 +23,20 @@ from spikeformers.backbones.qsd_transformer import QSDTransformerConfig
 from spikeformers.backbones.spikformer import SpikformerConfig
 from spikeformers.deploy import container
 from spikeformers.deploy.container import Content
+from spikeformers.deploy.outputs import same_outputs
 from spikeformers.deploy.runtime import BACKENDS, IntegerModel
+from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
 from spikeformers.layers.pretrained import write_files
 from spikeformers.layers.version import __version__
 
-NETWORKS = {
+BACKBONES = {
     "meta_spikeformer": MetaSpikeFormerConfig,
     "qsd_transformer": QSDTransformerConfig,
     "spikformer": SpikformerConfig,
 }
+NETWORKS = BACKBONES | {"segmenter": SegmenterConfig}
+PARTS = {"backbone": BACKBONES, "head": {"semantic_fpn": SemanticFPNConfig, "spike2former": Spike2FormerConfig}}
+"""Configs that stand in fields of a config, by name of the field."""
 MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for more
     "dims": 2**14,
     "dim": 2**14,
@@ -46,6 +51,8 @@ MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for 
     "scale": 1e6,
     "layer_scale": 1e6,
     "patch_size": 256,
+    **dict.fromkeys(("neck_dim", "fpn_dim", "encoder_hidden", "decoder_hidden", "queries"), 2**14),
+    **dict.fromkeys(("groups", "decoder_heads"), 2**10),
 }
 MOST_OTHERS = 64  # of those that MOST does not name
 MOST_ENTRIES = 16  # of a tuple in a config
@@ -139,9 +146,13 @@ class Artifact:
     card: ModelCard
     openvino: nn.Module | None = None
 
-    def __call__(self, images: Tensor) -> Float[Tensor, "B L"]:
-        """Images [B, C, H, W] or clip [T, B, C, H, W] -> logits [B, num_classes], float32."""
+    def __call__(self, images: Tensor) -> Any:
+        """Images [B, C, H, W] or clip [T, B, C, H, W] -> what the engine gives: logits [B, num_classes], float32."""
         return (self.openvino or self.engine)(images)
+
+    def semantic(self, output: Any, size: tuple[int, int]) -> Float[Tensor, "B L H W"]:
+        """Scores of every pixel at `size` = (H, W), of what a call gave; see `IntegerModel.semantic`."""
+        return self.engine.semantic(output, size)
 
 
 def save(
@@ -154,7 +165,7 @@ def save(
 ) -> Path:
     """Write `engine` to the one file `path`, in one step, replacing what is there; returns the path.
 
-    Before that the bytes are loaded again and must give the same logits for a random picture, bit by bit.
+    Before that the bytes are loaded again and must give the same for a random picture, bit by bit.
     Raises ValueError for anything but an engine of the torch backend, if its network is none of the catalogue, was
     changed by hand, or its config holds a builder that no file can name, and for labels or a preprocessing that do not
     fit; OSError if the disk is full. Nothing is written then.
@@ -274,34 +285,49 @@ def _describe_network(engine: IntegerModel) -> dict[str, Any]:
     if not isinstance(engine, IntegerModel):
         raise ValueError(f"an artifact holds what sf.deploy.integer(model, images) gives, not {type(engine).__name__}")
     config = engine.config
-    stem = next((stem for stem, kind in NETWORKS.items() if type(config) is kind), None)
-    if stem is None:
+    if type(config) not in NETWORKS.values():
         raise ValueError(
             f"an artifact holds networks of the catalogue, not {type(engine.net).__name__}: build it by create_model, "
             "or export it as ONNX"
         )
     # Engines follow set_steps; configs do not.
-    values = dataclasses.asdict(dataclasses.replace(config, steps=engine.net.steps))
-    for name, value in values.items():
-        if callable(value):
+    return _describe_config(dataclasses.replace(config, steps=engine.net.steps), NETWORKS)
+
+
+def _describe_config(config: Any, known: dict[str, type]) -> dict[str, Any]:
+    """Stem, which `known` tells, and fields of `config`. Raises ValueError for one that no file can hold."""
+    stem = next((stem for stem, kind in known.items() if type(config) is kind), None)
+    if stem is None:
+        raise ValueError(
+            f"{type(config).__name__} is no part that a file can name (those are {', '.join(known)}): export the "
+            "network as ONNX"
+        )
+    values = {}
+    for name, value in ((each.name, getattr(config, each.name)) for each in dataclasses.fields(config)):
+        if name in PARTS:
+            value = _describe_config(value, PARTS[name])
+        elif callable(value):
             raise ValueError(
                 f"{name} of this network is a builder ({value!r}), which no file can hold: use one of the names that "
                 f"{type(config).__name__} knows, or export the network as ONNX"
             )
-    return {"stem": stem, "config": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+        values[name] = list(value) if isinstance(value, tuple) else value
+    return {"stem": stem, "config": values}
 
 
-def _read_network(network: Any) -> Any:
-    """The config that `_describe_network` described, every value of its type and in bounds."""
+def _read_network(network: Any, known: dict[str, type] = NETWORKS) -> Any:
+    """The config that `_describe_config` described, every value of its type and in bounds."""
     if not (isinstance(network, dict) and isinstance(network.get("config"), dict)):
         raise ValueError("its header describes no network")
-    values, kind = network["config"], NETWORKS.get(str(network.get("stem")))
+    values, kind = network["config"], known.get(str(network.get("stem")))
     if kind is None:
         raise ValueError(f"it holds an unknown network, {str(network.get('stem'))[:60]!r}")
     defaults = {each.name: each.default for each in dataclasses.fields(kind)}
     if wrong := sorted(values.keys() ^ defaults.keys()):
         raise ValueError(f"its config of {network['stem']} lacks or adds {wrong[0][:60]!r}")
-    return kind(**{name: _checked(name, values[name], default) for name, default in defaults.items()})
+    parts = {name: _read_network(values[name], PARTS[name]) for name in defaults if name in PARTS}
+    rest = {name: _checked(name, values[name], defaults[name]) for name in defaults if name not in PARTS}
+    return kind(**parts, **rest)
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
@@ -352,7 +378,7 @@ def _check_same(engine: IntegerModel, content: bytes, *, side: int) -> None:
     preamble, rest = bytes(view[: container.PREAMBLE]), view[container.PREAMBLE :]
     again = _assemble(container.parse(preamble, rest, name="the new file"))
     picture = torch.randn(1, engine.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    if not torch.equal(again(picture), copy.deepcopy(engine).cpu()(picture)):
+    if not same_outputs(again(picture), copy.deepcopy(engine).cpu()(picture)):
         raise ValueError(
             "this network is no longer what its config says (were layers or attributes changed by hand?), so a file "
             "would predict otherwise: put the change into the config, or export the network as ONNX"

@@ -68,15 +68,24 @@ def to_uint8(x: Tensor, *, largest: int = LARGEST_COUNT) -> Counts:
 class CountNeuron(nn.Module):
     """Stands in a neuron's place and emits its counts: uint8, or where others read them `dtype`, each worth `unit`.
 
-    `fused`: the convolution before it has already fired and brings the counts.
+    `fused`: the convolution before it has already fired and brings the counts.  `exact_pixels`: of maps that are
+    larger, what reads them would round in float32, so that they are float64; 0: no map is too large.
     """
 
-    def __init__(self, neuron: Neuron, *, fused: bool, dtype: torch.dtype | None, unit: float | None = None) -> None:
+    def __init__(
+        self,
+        neuron: Neuron,
+        *,
+        fused: bool,
+        dtype: torch.dtype | None,
+        unit: float | None = None,
+        exact_pixels: int = 0,
+    ) -> None:
         super().__init__()
         self.neuron = None if fused else neuron
         self.levels = neuron.levels
         self.unit = neuron.unit if unit is None else unit
-        self.dtype = dtype
+        self.dtype, self.exact_pixels = dtype, exact_pixels
         self.stateless = fires_by_itself(neuron)
         self.half_up = isinstance(neuron, IELIF)
         self.half = torch.tensor(0.5)
@@ -89,8 +98,16 @@ class CountNeuron(nn.Module):
         counts = current if self.neuron is None else self.fire(current)
         if self.dtype is None:
             return counts if counts.dtype == torch.uint8 else to_uint8(counts, largest=self.levels)
-        wide = counts.to(self.dtype)
+        return self.spikes(counts)
+
+    def spikes(self, counts: Tensor) -> Tensor:
+        """Counts -> spikes in floating point."""
+        wide = counts.to(self.wide_dtype(counts))
         return wide if self.unit == 1 else wide * self.unit
+
+    def wide_dtype(self, counts: Tensor) -> torch.dtype:
+        """Of the spikes that stand for a map of `counts`."""
+        return torch.float64 if 0 < self.exact_pixels < counts.shape[2:].numel() else self.dtype
 
     def fire(self, x: Tensor) -> Tensor:
         """Counts of the currents `x`, in floating point, as is the membrane where there is one.
@@ -112,7 +129,8 @@ class CountNeuron(nn.Module):
     def describe(self) -> dict:
         """Plain values that, with the network's own neuron, build this again."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"fused": self.neuron is None, "dtype": dtype, "unit": self.unit}
+        values = {"fused": self.neuron is None, "dtype": dtype, "unit": self.unit}
+        return values | {"exact_pixels": self.exact_pixels}
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, unit={self.unit:g}, fused={self.neuron is None}, dtype={self.dtype}"

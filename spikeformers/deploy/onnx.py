@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from spikeformers.deploy.counts import CountNeuron, IntegerConv, IntegerLinear
 from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.fuse import plain_copy
+from spikeformers.deploy.outputs import named_outputs
 from spikeformers.deploy.runtime import IntegerModel
 from spikeformers.layers import Pretrained
 from spikeformers.layers.pretrained import write_files
@@ -34,12 +35,13 @@ WEIGHT_ZERO = 128  # weights are written as uint8 from here: onnxruntime adds up
 def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, form: str | None = None) -> Path:
     """Write `model` as the ONNX file `path`, replacing one that is there; returns the path.
 
-    `model`: any classifier, form "float"; or an engine (`sf.deploy.integer`), form "integer" (the default) or "qdq".
+    `model`: any network, form "float"; or an engine (`sf.deploy.integer`), form "integer" (the default) or "qdq".
     `images` [B, C, H, W] or clips [T, B, C, H, W]: any real batch; B stays free in the file, other sizes do not. The
-    input is called "images" or "clips", the output "logits" [B, num_classes]; metadata tell name, steps and version.
+    input is called "images" or "clips", the output "logits", or as the fields of the tuple are called that the model
+    gives ("class_logits" and "mask_logits" of Spike2Former); metadata tell name, steps and version.
     Floats are as wide as the model's parameters; onnxruntime has no float64 convolution, onnx's own reference has.
-    Raises ValueError for a form that the model has not or a model that gives more than logits, ImportError without the
-    extra "onnx", and OSError if the disk is full; an earlier file is then left as it was.
+    Raises ValueError for a form that the model has not or a model that gives no tensors, ImportError without the extra
+    "onnx", and OSError if the disk is full; an earlier file is then left as it was.
     """
     graph = onnx_graph(model, images, form=form)
     path = Path(path)
@@ -62,13 +64,9 @@ def onnx_graph(model: nn.Module, images: Tensor, *, form: str | None = None, lis
     with torch.inference_mode(False):
         net = _in_float(model) if form == "float" else _in_onnx(model.net, TWINS[form])
         steps, name = getattr(net, "steps", 1), _name(net)
-        outputs = ["logits"]
-        if listen:
-            net = _Listened(net).eval()
-            outputs += list(net.neurons)
         dtype = next((each.dtype for each in net.parameters()), torch.float32) if form == "float" else torch.float32
-        proto = _traced(net, images.detach().to("cpu", dtype), outputs)
-    _name_nodes(proto.graph, inside="net." if listen else "")
+        proto = _traced(_Flat(net, listen=listen).eval(), images.detach().to("cpu", dtype))
+    _name_nodes(proto.graph, inside="net.")
     _forget_the_source(proto)
     described = {"model": name, "steps": str(steps), "form": form, "spikeformers": __version__}
     onnx.helper.set_model_props(proto, described)
@@ -100,24 +98,38 @@ def _name(net: nn.Module) -> str:
     return type(net).__name__ if origin is None else origin.name
 
 
-def _traced(net: nn.Module, images: Tensor, outputs: list[str]):
+def _traced(net: "_Flat", images: Tensor):
     """`net` as an ONNX graph in which the batch is free."""
     axis = images.ndim - 4
     if axis not in (0, 1):
         raise ValueError(f"expected images [B, C, H, W] or clips [T, B, C, H, W], got shape {tuple(images.shape)}")
     two = images.narrow(axis, 0, 1).repeat_interleave(2, axis)  # an axis of length one would be fixed
-    if len(outputs) == 1 and not isinstance(given := net(two), Tensor):
-        raise ValueError(f"only classifiers can be exported: they give one tensor, this model a {type(given).__name__}")
     program = torch.onnx.export(
         net,
         (two,),
         dynamo=True,
         dynamic_shapes=({axis: torch.export.Dim("batch")},),
         input_names=["clips" if axis else "images"],
-        output_names=outputs,
+        output_names=[*named_outputs(net.net(two)), *net.neurons],
+        custom_translation_table={torch.ops.aten.clamp.Tensor: _clip},
         verbose=False,
     )
     return program.model_proto
+
+
+def _clip(x, low=None, high=None):
+    """clamp to numbers as one Clip, to tensors as Max and Min.
+
+    onnxscript 0.7 makes a Clip of Max and Min too, but where two neurons read one tensor the second lacks its bounds.
+    """
+    from onnxscript import opset18 as operators
+
+    bounds = [None if bound is None else operators.CastLike(bound, x) for bound in (low, high)]
+    if all(bound is None or len(bound.shape) == 0 for bound in (low, high)):
+        return operators.Clip(x, *bounds)
+    for bound, limit in zip(bounds, (operators.Max, operators.Min), strict=True):
+        x = x if bound is None else limit(x, bound)
+    return x
 
 
 def _name_nodes(graph, *, inside: str) -> None:
@@ -141,13 +153,14 @@ def _forget_the_source(proto) -> None:
         noted.doc_string = ""
 
 
-class _Listened(nn.Module):
-    """An engine that gives logits, and the counts of its neurons, uint8."""
+class _Flat(nn.Module):
+    """What a network gives as one tuple of tensors; `listen`: and then the counts of its neurons, uint8."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, *, listen: bool) -> None:
         super().__init__()
         self.net = net
-        self.neurons = {name: each for name, each in net.named_modules() if isinstance(each, CountNeuron)}
+        neurons = {name: each for name, each in net.named_modules() if isinstance(each, CountNeuron)}
+        self.neurons = neurons if listen else {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         heard = {}
@@ -155,10 +168,10 @@ class _Listened(nn.Module):
             neuron.register_forward_hook(lambda m, _, out, name=name: heard.update({name: m.counts(out)}))
             for name, neuron in self.neurons.items()
         ]
-        logits = self.net(images)
+        given = named_outputs(self.net(images))
         for handle in handles:
             handle.remove()
-        return logits, *(heard[name] for name in self.neurons)
+        return *given.values(), *(heard[name] for name in self.neurons)
 
 
 def _in_onnx(net: nn.Module, twins: dict[type, Callable[[nn.Module], nn.Module]]) -> nn.Module:
@@ -320,11 +333,6 @@ class NeuronTwin(CountNeuron):
         whole = self.whole(x)
         return whole.to(torch.uint8) if self.dtype is None else self.spikes(whole)
 
-    def spikes(self, counts: Tensor) -> Tensor:
-        """Counts -> spikes in floating point."""
-        wide = counts.to(self.dtype)
-        return wide if self.unit == 1 else wide * self.unit
-
     def whole(self, x: Tensor) -> Tensor:
         """Counts of the currents `x`, in floating point."""
         if not self.stateless:
@@ -339,10 +347,14 @@ class QDQNeuron(NeuronTwin):
     def forward(self, x: Tensor) -> Tensor:
         if self.dtype is None:
             return x if self.neuron is None else _quantized(self.currents(x), 1.0)
-        return _dequantized(x, self.unit).to(self.dtype) if self.neuron is None else self.spikes(self.whole(x))
+        if self.neuron is None:
+            return _dequantized(x, self.unit).to(self.wide_dtype(x))
+        return self.spikes(self.whole(x))
 
     def currents(self, x: Tensor) -> Tensor:
-        """What gives the counts if it is rounded half to even, as QuantizeLinear does."""
+        """What gives the counts if it is rounded half to even, as QuantizeLinear does, which takes no float64."""
+        if x.dtype == torch.float64:
+            return self.whole(x).float()
         if not self.stateless:
             return self.neuron(x) / self.neuron.unit
         return self.whole(x) if self.half_up else self.neuron.charge(x, None).clamp(0, self.levels)

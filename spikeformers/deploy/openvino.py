@@ -13,19 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from spikeformers.deploy.agreement import Agreement, IntegerReport, compare
 from spikeformers.deploy.counts import CountNeuron
 from spikeformers.deploy.onnx import onnx_graph
+from spikeformers.deploy.outputs import named_outputs
 from spikeformers.deploy.runtime import IntegerModel
 
 EIGHT_BITS = ("u8", "i8")
 
 
 class OpenVINOModel(nn.Module):
-    """`engine` in OpenVINO: images [B, C, H, W] or clips [T, B, C, H, W] -> logits [B, num_classes], float32, CPU.
+    """`engine` in OpenVINO: images [B, C, H, W] or clips [T, B, C, H, W] -> what the engine gives, float32, CPU.
 
     B is free, other sizes are those of `images`. It takes as many threads as torch has when it is called. deepcopy and
     pickle work; weights and T lie in the graph, so there is no state_dict, and `set_steps` finds nothing to set.
@@ -38,13 +39,15 @@ class OpenVINOModel(nn.Module):
         self.axis = images.ndim - 4  # of the batch
         self.sizes = [size for axis, size in enumerate(images.shape) if axis != self.axis]
         self.graph = onnx_graph(engine, images, form="qdq", listen=True).SerializeToString()
+        given = engine(images.narrow(self.axis, 0, 1))
+        self.outputs, self.form = list(named_outputs(given)), tree_structure(given)
         self.layers = engine.report().layers
         self.net = _echoes(engine)
         self.compiled: dict[tuple[bool, bool, int], Any] = {}
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Float[Tensor, "B L"]:
+    def forward(self, images: Tensor) -> Any:
         sizes = [size for axis, size in enumerate(images.shape) if axis != self.axis]
         if sizes != self.sizes:
             wanted = [*self.sizes[: self.axis], "B", *self.sizes[self.axis :]]
@@ -59,7 +62,7 @@ class OpenVINOModel(nn.Module):
         if listen:
             for name, echo in echoes.items():
                 echo(torch.from_numpy(given[name]))
-        return torch.from_numpy(given["logits"])
+        return tree_unflatten([torch.from_numpy(given[name]) for name in self.outputs], self.form)
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +101,7 @@ class OpenVINOModel(nn.Module):
 
             graph = core.read_model(self.graph)
             if not listen:
-                graph = openvino.Model(graph.get_results()[:1], graph.get_parameters())
+                graph = openvino.Model(graph.get_results()[: len(self.outputs)], graph.get_parameters())
             if alone:
                 graph.reshape([*self.sizes[: self.axis], 1, *self.sizes[self.axis :]])
             settings = {

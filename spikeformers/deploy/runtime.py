@@ -7,6 +7,7 @@ some counts: `compare` says how many.
 """
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -34,6 +35,7 @@ from spikeformers.deploy.joint import JointAttention, joined
 from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
+from spikeformers.heads.mask_decoder import SpikeCrossAttention
 from spikeformers.layers import LayerScaleBlock, TransformerBlock
 from spikeformers.neurons import Door, Neuron, temporal_modules
 from spikeformers.quantize import FixedPointNorm
@@ -52,9 +54,11 @@ KINDS = {
 
 
 class IntegerModel(nn.Module):
-    """The engine `integer` builds: images [B, C, H, W] or clip [T, B, C, H, W] -> logits [B, num_classes], float32.
+    """The engine `integer` builds: images [B, C, H, W] or clip [T, B, C, H, W] -> what its network gives, float32.
 
-    Weights lie in int8 buffers; deepcopy, pickle and state_dict work. Results do not depend on the batch size.
+    That is logits [B, num_classes], or what `semantic` makes classes of pixels of. Images may have any size that the
+    network takes. Results do not depend on the batch size.
+    Weights lie in int8 buffers; deepcopy, pickle and state_dict work.
     It is built on the CPU, where the fast path is, and takes images from any device. `.to("cuda")` works by the
     readable path: equal in integer layers, but float ones round as CUDA does. That needs float64: no Apple GPU has it.
     `sf.record` does not hear an engine, whose neurons are mostly fused into layers; `compare` gives the flip rate of
@@ -72,8 +76,17 @@ class IntegerModel(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Float[Tensor, "B L"]:
+    def forward(self, images: Tensor) -> Any:
         return self.net(images.to(self.device, torch.float32))
+
+    def semantic(self, output: Any, size: tuple[int, int]) -> Float[Tensor, "B L H W"]:
+        """Scores of every pixel at `size` = (H, W), of what `forward` gave, as the network itself makes them.
+
+        Raises ValueError if the network classifies whole images.
+        """
+        if not hasattr(self.net, "semantic"):
+            raise ValueError(f"{type(self.net).__name__} gives classes to images, not to pixels")
+        return self.net.semantic(output, size)
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +144,7 @@ class IntegerModel(nn.Module):
                 yield [name, "factors", {"names": [part for part, _ in module.named_children()]}]
             elif isinstance(module, JointAttention):
                 yield [name, "joint", module.describe()]
-            elif isinstance(module, SSA):
+            elif isinstance(module, SSA | SpikeCrossAttention):
                 yield [name, "attention", {"scale": module.scale}]
             elif type(module) is TransformerBlock:
                 yield [name, "unscaled", {}]
@@ -177,10 +190,10 @@ def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None
         if not isinstance(neuron, Neuron):
             raise ValueError(f"{name} is no neuron of the network")
         dtype = {None: None, "float32": torch.float32, "float64": torch.float64}[values["dtype"]]
-        net.set_submodule(name, CountNeuron(neuron, fused=values["fused"], dtype=dtype, unit=values["unit"]))
+        net.set_submodule(name, CountNeuron(neuron, **values | {"dtype": dtype}))
     elif kind in ("attention", "joint"):
         attention = net.get_submodule(name)
-        if not isinstance(attention, SSA):
+        if not isinstance(attention, SSA if kind == "joint" else SSA | SpikeCrossAttention):
             raise ValueError(f"{name} is no attention with a scale")
         _set_scale(attention, values["scale"])
         if kind == "joint":
@@ -194,7 +207,7 @@ def _place(net: nn.Module, name: str, kind: str, values: dict[str, Any]) -> None
         raise ValueError(f"{name} is of an unknown kind {kind!r}")
 
 
-def _set_scale(attention: SSA, scale: float) -> None:
+def _set_scale(attention: SSA | SpikeCrossAttention, scale: float) -> None:
     del attention.scale  # a learnt one is a parameter, which a number may not replace
     attention.scale = scale
 
@@ -347,19 +360,25 @@ def _swap_neurons(
 
 
 def _keep_counts_in_attention(modules: dict[str, nn.Module], wiring: Wiring) -> None:
-    """Let SSA (and SDSA-3, 4) multiply whole counts and put their units into the scale: sums are then exact."""
+    """Let attentions multiply whole counts and put their units into the scale: sums are then exact.
+
+    SSA (and SDSA-3, 4) in float32 as far as that holds them, attention between maps of two sizes in float64.
+    """
     for name, attention in modules.items():
-        if not isinstance(attention, SSA):
+        if isinstance(attention, SSA):
+            operands = [getattr(attention, operand) for operand in attention.operands]
+            shape = wiring.shapes[f"{name}.q"]
+            exact = EXACT_FLOAT32 // (shape[1] // attention.heads * math.prod(each.levels for each in operands))
+            dtype = torch.float32 if shape[2:].numel() <= exact else torch.float64
+        elif isinstance(attention, SpikeCrossAttention):
+            operands = [attention.q.spikes, attention.k.spikes, attention.v.spikes]
+            exact, dtype = 0, torch.float64
+        else:
             continue
-        operands = [getattr(attention, operand) for operand in attention.operands]
-        shape = wiring.shapes[f"{name}.q"]
-        largest = shape[1] // attention.heads * shape[2:].numel()
-        for operand in operands:
-            largest *= operand.levels
         scale = attention.scale.item() if isinstance(attention.scale, Tensor) else attention.scale
         for operand in operands:
             scale *= operand.unit
-            operand.unit, operand.dtype = 1.0, torch.float32 if largest <= EXACT_FLOAT32 else torch.float64
+            operand.unit, operand.dtype, operand.exact_pixels = 1.0, dtype, exact
         _set_scale(attention, scale)
 
 

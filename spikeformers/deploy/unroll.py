@@ -27,9 +27,10 @@ class BinarySpikes(Tensor):
 
     To the code of a model it is a tensor of its outer shape. What may be done to spikes is done to every plane: moving,
     max-pooling, and products, which see one binary plane at a time and are added up. Sums of spikes of one unit, their
-    element-wise products (AND) and a number minus them (NOT) are spikes again. Anything else makes real numbers, counts
-    times unit. There is no tensor of these behind it: what the table below does not know how to take cannot go wrong
-    unseen.  Raises ValueError where spikes would be written to, or multiplied by a function that hides its product.
+    element-wise products (AND), a number minus them (NOT) and a number times them are spikes again. Anything else makes
+    real numbers, counts times unit. There is no tensor of these behind it: what the table below does not know how to
+    take cannot go wrong unseen.  Raises ValueError where spikes would be written to, or multiplied by a function that
+    hides its product.
     """
 
     planes: Tensor
@@ -149,11 +150,20 @@ def _added(function: Callable, args: tuple, kwargs: dict) -> BinarySpikes | None
     return BinarySpikes(torch.stack(planes), args[0].unit)
 
 
-def _masked(function: Callable, args: tuple, kwargs: dict) -> BinarySpikes | None:
-    """AND of every step of one with every step of the other: products of counts need all pairs."""
-    if not _two(args, kwargs):
+def _multiplied(function: Callable, args: tuple, kwargs: dict) -> BinarySpikes | Tensor | None:
+    """By a positive number: spikes worth more or less. By real numbers: these where a spike is, added up over steps.
+
+    By spikes: AND of every step of one with every step of the other, since products of counts need all pairs.
+    """
+    if kwargs or len(args) != 2:
         return None
     left, right = args
+    if not isinstance(left, BinarySpikes):
+        left, right = right, left
+    if isinstance(right, int | float):
+        return BinarySpikes(left.planes, left.unit * right) if right > 0 else None
+    if not isinstance(right, BinarySpikes):
+        return _product(function, args, kwargs)
     planes = [one * other for one in left.planes for other in right.planes]
     return BinarySpikes(torch.stack(planes), left.unit * right.unit)
 
@@ -209,11 +219,11 @@ RULES: dict[str, Callable[[Callable, tuple, dict], Any]] = {
     "interpolate": _repeated,
     **dict.fromkeys(("cat", "concat", "stack"), _joined),
     **dict.fromkeys(("add", "__add__"), _added),
-    **dict.fromkeys(("mul", "__mul__"), _masked),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply"), _multiplied),
     **dict.fromkeys(("rsub", "__rsub__"), _complement),
     **dict.fromkeys(BIASED, _layer),
     **dict.fromkeys(UNBIASED, _product),
-    "dropout": _kept,
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _kept),
     "scaled_dot_product_attention": _weighted,
 }
 """Name of a torch function -> what it does to binary spikes; None from a rule (or no rule): real numbers."""

@@ -1,6 +1,6 @@
 """How papers turn operations into energy: each way is a named object that can describe itself.
 
-Paper: Meta-SpikeFormer, App. B.2 and Table 6; Spikformer V2, Table 2; Spikformer, ICLR 2023.
+Paper: Meta-SpikeFormer, App. B.2 and Table 6; Spikformer V2, Table 2; Spikformer, ICLR 2023; Spike2Former, Table 1.
 Energies of one operation: 45 nm, 32-bit float (Horowitz, 2014).
 A further convention is a further entry of CONVENTIONS; a choice that none of them made yet is a further field.
 """
@@ -16,11 +16,21 @@ from spikeformers.neurons.suggest import closest
 
 MAC_PJ, AC_PJ = 4.6, 0.9
 
+PRODUCTS = ("attention", "attention_map", "deformable", "product")
+"""Kinds of operations that have no weights."""
+
 FIRST_LAYER = {
     "mac": "multiply-accumulates in every time step",
     "mac_once": "multiply-accumulates in one time step only (the image does not change)",
     "ac": "additions in every time step, at rate 1",
     "free": "not counted",
+}
+
+
+ATTENTION = {
+    "table6": "(R_Q + R_K + R_V) x N D^2 (SDSA-1/2: x N D); other kinds, and masks: products as executed",
+    "products": "its matrix products as executed",
+    "free": "not counted, nor any other product without weights",
 }
 
 
@@ -32,20 +42,22 @@ class Convention:
     `inner`: inside a kind that is not merged, a convolution whose input is not spikes is "mac" (what it is), or "ac" at
     the rate of the spikes in front of the first one.
     `attention`: "table6" is (R_Q + R_K + R_V) x N D^2 additions for SDSA-3/4 and x N D for SDSA-1/2, whatever the
-    number of heads; "products" is the matrix products as executed, each at the rate of its spikes.
+    number of heads; "products" is the matrix products as executed, each at the rate of its spikes; "free" counts no
+    product without weights, be it of an attention or of masks.
     `first_layer`: what the layer that reads the image costs, if it is not fed by spikes: a key of FIRST_LAYER.
     `classifier`: what the last layer costs, if it is linear and not fed by spikes (it reads an average of them): "mac",
     or "ac" at rate 1.
     Everywhere: a layer fed by spikes is MACs x mean count of its input additions in every time step; a later layer fed
-    by real numbers is MACs, and so is every layer of a network without neurons; an attention that forms its map (VSA
-    and its kin) is its products; batch norms are folded, and neurons, biases, pooling and shortcuts are free.
+    by real numbers is MACs, and so is every layer of a network without neurons; attentions of other kinds (VSA, SDDA,
+    cross attention) and the products that make masks are products as executed; batch norms are folded, and neurons,
+    biases, pooling, interpolation and shortcuts are free.
     """
 
     name: str
     source: str
     merged: tuple[str, ...] = ("rep_conv", "sep_conv")
     inner: Literal["mac", "ac"] = "mac"
-    attention: Literal["table6", "products"] = "table6"
+    attention: Literal["table6", "products", "free"] = "table6"
     first_layer: Literal["mac", "mac_once", "ac", "free"] = "mac"
     classifier: Literal["mac", "ac"] = "mac"
     mac_pj: float = MAC_PJ
@@ -54,7 +66,7 @@ class Convention:
     def __post_init__(self) -> None:
         for field, known in (
             ("inner", ("mac", "ac")),
-            ("attention", ("table6", "products")),
+            ("attention", tuple(ATTENTION)),
             ("first_layer", tuple(FIRST_LAYER)),
             ("classifier", ("mac", "ac")),
         ):
@@ -72,9 +84,8 @@ class Convention:
         for kind, shape in shapes.items():
             how = "one dense convolution" if kind in self.merged else f"as executed; its un-spiked parts: {inner}"
             lines.append(f"  {shape}: {how}.")
-        rule = "(R_Q + R_K + R_V) x N D^2" if self.attention == "table6" else "its matrix products as executed"
         lines += [
-            f"  Attention: {rule}" + (" (SDSA-1/2: x N D)." if self.attention == "table6" else "."),
+            f"  Attention: {ATTENTION[self.attention]}.",
             f"  Layer that reads the image: {FIRST_LAYER[self.first_layer]}.",
             "  Layer fed by spikes: MACs x mean count x time steps additions; fed by real numbers: MACs x time steps.",
             f"  {self.mac_pj:g} pJ a multiply-accumulate, {self.ac_pj:g} pJ an addition; batch norms fold; rest free.",
@@ -92,8 +103,9 @@ class Convention:
         for index, operation in enumerate(operations):
             real = self._exception(operation, index, len(operations)) if spiking else "mac"
             whole = self.attention == "table6" if operation.kind == "attention" else operation.kind in self.merged
+            share = 0 if self.attention == "free" and operation.kind in PRODUCTS else 1
             if whole or not operation.parts:
-                charges.append(self._one(operation, counted=operation.dense_macs, real=real))
+                charges.append(self._one(operation, counted=share * operation.dense_macs, real=real))
                 continue
             for place, part in enumerate(operation.parts):
                 rates = operation.rates if self.inner == "ac" and part.rates is None else part.rates
@@ -101,7 +113,7 @@ class Convention:
                 part = Operation(
                     part.name, part.kind, part.macs, 0 if place else operation.dense_macs, rates, part.steps
                 )
-                charges.append(self._one(part, counted=part.macs, real="mac" if place else real))
+                charges.append(self._one(part, counted=share * part.macs, real="mac" if place else real))
         return charges
 
     def _exception(self, operation: Operation, index: int, count: int) -> str:
@@ -179,6 +191,13 @@ CONVENTIONS = {
             inner="ac",
             attention="products",
             classifier="ac",
+        ),
+        Convention(
+            "spike2former",
+            "Spike2Former, Table 1, by what its authors' tools see: layers alone, every factor charged as additions",
+            merged=(),
+            inner="ac",
+            attention="free",
         ),
     )
 }

@@ -26,7 +26,8 @@ class SpikeMarks(TorchFunctionMode):
 
     MOVES: ClassVar[tuple[str, ...]] = (
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "roll", "flip"),
-        *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand", "dropout"),
+        *("contiguous", "clone", "detach", "to", "float", "double", "repeat", "expand"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d"),
         *("__get__", "__getitem__", "chunk", "split", "unbind", "max_pool1d", "max_pool2d"),
         *("swapaxes", "swapdims", "movedim", "moveaxis", "narrow", "select", "index_select", "tile"),
         *("pixel_shuffle", "pixel_unshuffle", "adaptive_max_pool2d"),

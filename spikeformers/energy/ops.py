@@ -5,20 +5,24 @@ V2, Table 1, whose "OPs" of products of real numbers are two to a MAC (everywher
 A layer is fed by spikes if its input is a neuron's output or made of such outputs so that it is still counts, from 0
 up, times one unit (marks.py).
 The rate of a layer is the mean count of its input (for binary spikes the share of non-zeros that the paper names).
-Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear and the products of every attention of spikeformers.attention. Batch
-norms fold into layers; biases, softmax and scales are free.
+Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear, the products of every attention of spikeformers.attention, and every
+other product of two matrices (@): of queries with a map's pixels, say. Batch norms fold into layers; biases, softmax,
+scales and the taps of interpolations are free.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from spikeformers.attention import SDSA1, SDSA2, SSA, VSA, IdentityMap
+from spikeformers.attention import SDDA, SDSA1, SDSA2, SSA, VSA, IdentityMap
 from spikeformers.energy.firing import neurons_of, plain_name
 from spikeformers.energy.marks import Mark, SpikeMarks, row_means, sparser
 from spikeformers.layers import RepConv, SepConv
@@ -33,11 +37,12 @@ class Operation:
     dense 3x3, the depthwise 7x7 and the pointwise convolution of SepConv as one dense 7x7) and, for "attention", as
     Table 6 has it.  `rates` [B]: mean count of an input element in one step, None if the input is not spikes; for
     attention the sum of the rates of Q, K, V, None unless all are spikes.  `parts`: the operations as executed, of one
-    that is composed.  "attention_map" is an attention that forms its N x N map; Table 6 has no rule for it.
+    that is composed.  Table 6 has no rule for the kinds behind "attention": "attention_map", which forms its N x N map,
+    "deformable", which adds up what it sampled, and "product", of two matrices anywhere else.
     """
 
     name: str
-    kind: str  # "conv", "linear", "rep_conv", "sep_conv", "attention" or "attention_map"
+    kind: str  # "conv", "linear", "rep_conv", "sep_conv", "attention", "attention_map", "deformable" or "product"
     macs: float
     dense_macs: float
     rates: Tensor | None
@@ -75,7 +80,8 @@ def trace(model: nn.Module, images: Tensor, *, marks: SpikeMarks | None = None) 
     tracer = _Tracer(model, SpikeMarks() if marks is None else marks)
     try:
         # The version counter of a tensor, which tells that a mark is stale, needs inference mode off.
-        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad(), tracer.marks:
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.inference_mode(False), torch.no_grad(), tracer.marks, _Matrices(tracer):
             model(images)
     finally:
         tracer.remove()
@@ -94,6 +100,9 @@ class _Tracer:
         self.operations: list[Operation] = []
         self.layers: dict[str, nn.Module] = {}
         self.operands: dict[str, Tensor] = {}  # what an attention will multiply, by name of the module that gave it
+        self.open: list[str] = []  # names of the modules that run, outermost first
+        self.attentions = 0  # of these, those whose products are counted by a rule
+        self.products: Counter[str] = Counter()  # of two matrices, by name of the module that made them
         self.totals: list[tuple[Neuron, Tensor, int]] = []
         self.opened: list[int] = []
         self.handles: list[RemovableHandle] = []
@@ -103,6 +112,8 @@ class _Tracer:
     def attach(self, name: str, module: nn.Module) -> None:
         """Register the hooks that `module` needs."""
         composed = [parts for kind, parts in COMPOSED.items() if isinstance(module, kind)]
+        rule = next((rule for kind, rule in ATTENTION.items() if isinstance(module, kind)), None)
+        self.handles.append(module.register_forward_pre_hook(lambda *_: self.enter(name, rule)))
         if isinstance(module, Neuron):
             self.add(module, name, self.on_neuron)
         elif isinstance(module, _ConvNd | nn.Linear):
@@ -111,18 +122,28 @@ class _Tracer:
         elif composed:
             self.handles.append(module.register_forward_pre_hook(lambda *_: self.opened.append(len(self.operations))))
             self.add(module, name, lambda *call: self.on_composed(*call, *composed[0]))
-        elif isinstance(module, tuple(ATTENTION)):
-            for key in module.operands:
+        elif rule is not None:
+            for key in rule.operands or module.operands:
                 self.add(getattr(module, key), _inside(name, key), self.on_operand)
-            self.add(module, name, self.on_attention)
+            self.add(module, name, lambda *call: self.on_attention(*call, rule))
+        self.handles.append(module.register_forward_hook(lambda *_: self.leave(rule)))
+
+    def enter(self, name: str, rule: "_Rule | None") -> None:
+        self.open.append(name)
+        self.attentions += rule is not None
+
+    def leave(self, rule: "_Rule | None") -> None:
+        self.open.pop()
+        self.attentions -= rule is not None
 
     def add(self, module: nn.Module, name: str, listener: Callable) -> None:
-        def hook(*call) -> None:
-            self.marks.aside = True  # what is computed to count is no part of the pass
-            listener(name, *call)
-            self.marks.aside = False
+        self.handles.append(module.register_forward_hook(lambda *call: self.count(listener, name, *call)))
 
-        self.handles.append(module.register_forward_hook(hook))
+    def count(self, listener: Callable, *call) -> None:
+        """Let `listener` look at a call."""
+        self.marks.aside = True  # what is computed to count is no part of the pass
+        listener(*call)
+        self.marks.aside = False
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -161,13 +182,20 @@ class _Tracer:
         whole = Operation(_inside(name, own), kind, macs, dense, first.rates, first.steps, parts)
         self.operations.insert(place, whole)
 
-    def on_attention(self, name: str, module: nn.Module, _, __) -> None:
+    def on_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
+        """A product of two matrices: the sparser side says what is added."""
+        name = self.open[-1] if self.open else ""
+        self.products[name] += 1
+        macs, rates = result.numel() * left.shape[-1], sparser(*_alike(self.marks.rates(left), self.marks.rates(right)))
+        place = _inside(name, f"product{self.products[name]}")
+        self.operations.append(Operation(place, "product", macs, macs, rates, steps=result.shape[0]))
+
+    def on_attention(self, name: str, module: nn.Module, _, __, rule: "_Rule") -> None:
         """Insert the products of Q, K, V in front of the projection."""
-        operands = {key: self.operands.pop(_inside(name, key)) for key in module.operands}
+        operands = {key: self.operands.pop(_inside(name, key)) for key in rule.operands or module.operands}
         rates = {key: self.marks.rates(operand) for key, operand in operands.items()}
-        kind, count = next(found for kind, found in ATTENTION.items() if isinstance(module, kind))
-        table6, products = count(module, operands, rates)
-        rows = operands["q"].shape[0]
+        table6, products = rule.count(module, operands, rates)
+        rows = next(iter(operands.values())).shape[0]
         parts = tuple(
             Operation(_inside(name, product), "attention", macs, macs, rate, rows) for product, macs, rate in products
         )
@@ -175,7 +203,7 @@ class _Tracer:
         total = None if None in rates.values() else torch.stack(list(rates.values())).sum(0)
         projections = [i for i, o in enumerate(self.operations) if o.name.startswith(_inside(name, "proj"))]
         place = projections[-1] if len(projections) == 1 else len(self.operations)
-        whole = Operation(_inside(name, "products"), kind, macs, table6, total, rows, parts)
+        whole = Operation(_inside(name, "products"), rule.kind, macs, table6, total, rows, parts)
         self.operations.insert(place, whole)
 
     def result(self, *, rows: int) -> Trace:
@@ -194,6 +222,27 @@ class _Tracer:
             sites += elements * neuron.levels * len(mean) // images
         operations = tuple(_settled(operation, steps=steps, images=images) for operation in self.operations)
         return Trace(operations, spikes, sites, images, steps)
+
+
+class _Matrices(TorchFunctionMode):
+    """Hears products of two matrices, but those of attentions that a rule counts."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        multiplies = getattr(function, "__name__", "").strip("_") in ("matmul", "mm", "bmm") and not kwargs
+        if multiplies and not self.tracer.attentions and min(each.ndim for each in args) > 1:
+            self.tracer.count(self.tracer.on_product, *args, result)
+        return result
+
+
+def _alike(*rates: Tensor | None) -> list[Tensor | None]:
+    """Rates of rows that belong together: each as its mean where their numbers differ."""
+    most = max((len(rate) for rate in rates if rate is not None), default=0)
+    return [rate if rate is None or len(rate) == most else rate.mean().expand(most) for rate in rates]
 
 
 def _inside(name: str, child: str) -> str:
@@ -267,10 +316,25 @@ def _mapped(module: IdentityMap | VSA, operands: dict[str, Tensor], rates: Rates
     return 2 * macs, [("q k^T", macs, sparser(rates["q"], rates["k"])), ("map v", macs, rates["v"])]
 
 
-ATTENTION = {  # class -> kind of the operation, function that counts; subclasses differ in what the operands are
-    SDSA1: ("attention", _sdsa1),
-    SDSA2: ("attention", _sdsa2),
-    SSA: ("attention", _ssa),  # SDSA-3 and 4 are SSA with other projections
-    IdentityMap: ("attention_map", _mapped),
-    VSA: ("attention_map", _mapped),
+def _sdda(module: SDDA, operands: dict[str, Tensor], rates: Rates) -> Products:
+    """A weight for every sampled point, times the channels of its group: added where the weight spikes."""
+    macs = operands["attn"].numel() * operands["value"].shape[1] // module.groups
+    return macs, [("weighted", macs, rates["attn"])]
+
+
+class _Rule(NamedTuple):
+    """How an attention is counted. `operands`: children that give what it multiplies; none: those that it names."""
+
+    kind: str
+    count: Callable[[nn.Module, dict[str, Tensor], Rates], Products]
+    operands: tuple[str, ...] = ()
+
+
+ATTENTION = {  # subclasses differ in what the operands are
+    SDSA1: _Rule("attention", _sdsa1),
+    SDSA2: _Rule("attention", _sdsa2),
+    SSA: _Rule("attention", _ssa),  # SDSA-3 and 4 are SSA with other projections
+    IdentityMap: _Rule("attention_map", _mapped),
+    VSA: _Rule("attention_map", _mapped),
+    SDDA: _Rule("deformable", _sdda, ("value", "attn")),
 }

@@ -335,8 +335,16 @@ class _Walk(SpikeMarks):
         if sources <= {SPIKES, AVERAGE} and (moves or linear):
             return AVERAGE
         if len(call.moving) == 1 and (moves or call.name in ("add", "sub") or self.only_numbers(call)):
-            return call.moving[0].source
+            scrambled = call.name in ("reshape", "view") and not self.keeps_channels(call)
+            return REAL if scrambled else call.moving[0].source
         return REAL
+
+    @staticmethod
+    def keeps_channels(call: _Call) -> bool:
+        """True if a reshape leaves the channels of a layer one axis, where it was."""
+        before, after, channels = call.moving[0].tensor.shape, call.made[0].shape, call.moving[0].source.channels
+        at_end = before[-1] == after[-1] == channels
+        return channels == 0 or at_end or before[:2] == after[:2]
 
     @staticmethod
     def only_numbers(call: _Call) -> bool:

@@ -98,9 +98,14 @@ class LSQLayer(nn.Module):
 
     @torch.no_grad()
     def reset_step(self) -> None:
-        """alpha = 2 mean|W| / sqrt(Qp), the same for every channel; 1 where all weights are zero."""
-        step = 2 * self.weight.abs().mean() / math.sqrt(integer_range(self.bits)[1])
-        self.alpha.copy_(torch.where(step > 0, step, torch.ones_like(step)).expand_as(self.alpha))
+        """alpha = 2 mean|W| / sqrt(Qp), the same for every channel.
+
+        Where all weights are zero, that of the weights torch starts with: zeros in steps of 1 would stay zeros.
+        """
+        mean = self.weight.abs().mean()
+        usual = torch.full_like(mean, 1 / (2 * math.sqrt(self.weight[0].numel())))  # uniform, up to 1 / sqrt(inputs)
+        step = 2 * torch.where(mean > 0, mean, usual) / math.sqrt(integer_range(self.bits)[1])
+        self.alpha.copy_(step.expand_as(self.alpha))
         if self.offset is not None:
             self.offset.zero_()
 

@@ -28,10 +28,10 @@ def prepare(
     """Quantise the weights of convolutions (1-D, 2-D) and linear layers to 2..8 bits by LSQ, in place; returns `model`.
 
     `bits`: one number for all layers, or a dict. Its keys are names of layers as shell patterns ("stage3.*.attn.*"),
-    "first" and "last" (in the order in which the model defines its layers), "attention", "conv", "linear" (the kind: an
-    attention's projections, an MLP's or classifier's layers, every other convolution), and "*" (the rest); earlier ones
-    in this order win, and among patterns the first that fits. None keeps a layer in float, as does being named by no
-    key, and being of a class derived from torch's (parametrised layers are).
+    "first" and "last" (in the order in which the model defines its layers, unless a module names `last_layers`),
+    "attention", "conv", "linear" (the kind: an attention's projections, an MLP's or classifier's layers, every other
+    convolution), and "*" (the rest); earlier ones in this order win, and among patterns the first that fits. None keeps
+    a layer in float, as does being named by no key, and being of a class derived from torch's (as parametrised ones).
     `per_channel`: a step size for each output channel, else one a layer.  `offset`: a learned one as well (LSQ+).
     `exact`: all else becomes fixed-point numbers too (quantize/exact.py), so that `model.eval()` is exact in float32.
     A model that is quantised already is quantised anew, its step sizes computed again from its float weights.
@@ -43,7 +43,7 @@ def prepare(
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantise")
     if any(isinstance(layer, PackedLayer) for _, layer, _ in layers):
         raise ValueError("this model was converted: its float weights are gone; prepare it before `convert`")
-    chosen = chosen_bits(layers, bits)
+    chosen = chosen_bits(layers, bits, last=last_layers(model) or {layers[-1][0]})
     if all(width is None for width in chosen):
         raise ValueError(f"bits={bits!r} leaves every layer in float: name one that has 2 to 8 bits")
     if exact:
@@ -103,7 +103,7 @@ def _check_exact(
         if own:
             raise ValueError(
                 f"exact=True cannot keep {name}.{own[0][0]} of {type(module).__name__} a power of two: it is learned; "
-                'build the network without it (layer_scale=0.0, attention="sdsa3", attention="ssa")'
+                'only networks without such numbers can be (layer_scale=0.0, attention="sdsa3" or "ssa")'
             )
 
 
@@ -169,8 +169,17 @@ def _walk(module: nn.Module, name: str, kind: str | None) -> Iterator[tuple[str,
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, own or kind)
 
 
-def chosen_bits(layers: list[tuple[str, nn.Module, str]], bits: Bits) -> list[int | None]:
-    """Bits of each layer; see `prepare`."""
+def last_layers(model: nn.Module) -> set[str]:
+    """Names of the layers that modules of `model` declare, by `last_layers`, to give the network's results."""
+    return {
+        f"{name}.{layer}".lstrip(".")
+        for name, each in model.named_modules()
+        for layer in getattr(each, "last_layers", ())
+    }
+
+
+def chosen_bits(layers: list[tuple[str, nn.Module, str]], bits: Bits, *, last: set[str]) -> list[int | None]:
+    """Bits of each layer, of which those named in `last` are the last ones; see `prepare`."""
     if not isinstance(bits, Mapping):
         integer_range(bits)
         return [bits] * len(layers)
@@ -189,7 +198,7 @@ def chosen_bits(layers: list[tuple[str, nn.Module, str]], bits: Bits) -> list[in
     for index, (name, _, kind) in enumerate(layers):
         keys = [key for key in patterns if fnmatch.fnmatchcase(name, key)]
         keys += ["first"] if index == 0 else []
-        keys += ["last"] if index == len(layers) - 1 else []
+        keys += ["last"] if name in last else []
         key = next((key for key in (*keys, kind, "*") if key in bits), None)
         found.append(None if key is None else bits[key])
     return found

@@ -221,7 +221,7 @@ def test_everything_else_is_numbers_and_no_spikes(counts):
     spikes, finer = thermometer(counts, 4, 0.25), thermometer(counts, 4, 0.5)
     results = {
         "mean": (spikes.mean((2, 3)), (counts / 4).mean((2, 3))),
-        "halved": (spikes * 0.5, counts / 8),
+        "turned": (spikes * -0.5, counts / -8),
         "membrane": (spikes + counts, counts / 4 + counts),
         "units differ": (spikes + finer, counts / 4 + counts / 2),
         "units differ in cat": (torch.cat([spikes, finer]), torch.cat([counts / 4, counts / 2])),
@@ -233,6 +233,32 @@ def test_everything_else_is_numbers_and_no_spikes(counts):
     for name, (got, wanted) in results.items():
         assert not isinstance(got, BinarySpikes), name
         assert torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("scaled", [lambda s: s * 4.0, lambda s: 4 * s, lambda s: torch.mul(s, 4.0)])
+def test_a_number_times_spikes_is_spikes_worth_as_many_times_as_much(counts, scaled):
+    spikes = scaled(thermometer(counts, 4, 0.25))
+    assert isinstance(spikes, BinarySpikes)
+    assert spikes.unit == 1.0
+    assert spikes.planes.unique().tolist() == [0, 1]
+    assert torch.equal(spikes.numbers(), counts)
+
+
+def test_real_numbers_times_spikes_are_added_up_spike_by_spike(counts):
+    spikes, seen = thermometer(counts, 4, 0.25), []
+    real = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.extend(each for each in args if isinstance(each, torch.Tensor) and each is not real)
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        products = RULES["mul"](torch.mul, (real, spikes), {})
+    assert not isinstance(products, BinarySpikes)
+    torch.testing.assert_close(products, real * counts / 4, rtol=0, atol=FLOAT64)
+    binary = [each for each in seen if each.shape == real.shape and bool(((each == 0) | (each == 1)).all())]
+    assert len(binary) == 4
 
 
 def test_what_would_go_wrong_unseen_is_refused(counts):

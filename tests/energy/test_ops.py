@@ -183,6 +183,7 @@ class Layers(nn.Module):
         (lambda a, b: a * b, 2),
         (lambda a, b: torch.cat((a, b), 1)[:, ::2], 1),
         (lambda a, b: F.max_pool2d(a, 2), 1),
+        (lambda a, b: F.dropout2d(a, training=False), 1),
         (lambda a, b: 1 - a, 1),
         (lambda a, b: (1 - a) * b, 2),
         (lambda a, b: 2.0 - (a + b), 1),

@@ -111,6 +111,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     return model
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """Every option of the model `name`, with its value in the catalogue. Raises ValueError for an unknown name."""
+    if name not in CATALOGUE:
+        raise ValueError(f"unknown model {name!r}; {closest(name, CATALOGUE)}")
+    return _options(CATALOGUE[name].config)
+
+
 def _options(config: Any) -> dict[str, Any]:
     """Every option of a config with its default: those of its parts (backbone, head) too, which its own go before."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 # neurons.surrogate and quantize.lsq are left out: the compiler cannot trace autograd functions through the checker's
 # wrappers.
@@ -66,3 +67,48 @@ def painted(tmp_path_factory) -> Path:
             Image.fromarray(pixels).save(root / split / "images" / f"{index}.png")
             Image.fromarray(mask).save(root / split / "masks" / f"{index}.png")
     return root
+
+
+SEGMENTERS = {
+    "fpn_lif": ("meta_spikeformer_15m_fpn_voc", {"neck_dim": 8, "fpn_dim": 8, "steps": 2}),
+    "fpn": (
+        "meta_spikeformer_15m_fpn_voc",
+        {"neck_dim": 8, "fpn_dim": 8, "neck": "batch_norm", "neuron": "ni_lif", "steps": 1},
+    ),
+    "qsd_fpn": ("qsd_transformer_t_fpn_ade20k", {"neck_dim": 8, "fpn_dim": 8, "layer_scale": 1.0}),
+    "spike2former": (
+        "spike2former_voc",
+        {
+            **{"dim": 8, "queries": 5, "encoder_layers": 1, "encoder_hidden": 16, "groups": 2},
+            **{"decoder_layers": 2, "decoder_heads": 2, "decoder_hidden": 16},
+        },
+    ),
+}
+SEGMENTERS["released"] = ("spike2former_voc", SEGMENTERS["spike2former"][1] | {"layout": "released"})
+
+
+@pytest.fixture(scope="session")
+def segmenter():
+    """Builds a small network of each kind that segments, in eval mode, looking trained enough that every part fires."""
+
+    def build(kind: str, **overrides) -> nn.Module:
+        from spikeformers import create_model
+
+        name, sizes = SEGMENTERS[kind]
+        backbone = {"dims": (8, 8, 8, 16), "blocks": (1, 0, 0, 1, 0), "num_classes": 4}
+        model = create_model(name, **(backbone | sizes | overrides))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, 0, 0.3)
+                nn.init.uniform_(module.running_var, 0.3, 1.5)
+                nn.init.uniform_(module.weight, 0.5, 2)
+                multiplied = any(f"_attn.{operand}." in name for operand in "qkv")
+                nn.init.normal_(module.bias, 2.5 if multiplied else 0.3, 0.5)
+            elif isinstance(module, nn.Conv2d) and not module.weight.any():  # offsets and weights of sampling
+                nn.init.normal_(module.weight, 0, 0.3)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("esc_scale", "attn_scale", "mlp_scale")):
+                nn.init.uniform_(parameter, 0.3, 1)
+        return model.eval()
+
+    return build

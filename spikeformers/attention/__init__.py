@@ -11,7 +11,16 @@ from spikeformers.attention.sdda import (
     deformable_sampling,
 )
 from spikeformers.attention.sdsa import SDSA, SDSA1, SDSA2, SDSA3, SDSA4, WidthScaledSDSA
-from spikeformers.attention.ssa import SCALE, SSA, LearnableScaleSSA, SpikeAttention, spike_attention
+from spikeformers.attention.ssa import (
+    SCALE,
+    SSA,
+    LearnableScaleSSA,
+    LearnableWidthScaledSSA,
+    SpikeAttention,
+    WidthScaledSSA,
+    learnable,
+    spike_attention,
+)
 from spikeformers.attention.vsa import VSA, IdentityMap, LeakyReLUMap, ReLUMap, SoftmaxAttention, VSAFloatV
 
 __all__ = [
@@ -30,6 +39,7 @@ __all__ = [
     "IdentityMap",
     "LeakyReLUMap",
     "LearnableScaleSSA",
+    "LearnableWidthScaledSSA",
     "ReLUMap",
     "Rectified",
     "ReleasedSDDA",
@@ -39,8 +49,10 @@ __all__ = [
     "SpikingQuerySDDA",
     "VSAFloatV",
     "WidthScaledSDSA",
+    "WidthScaledSSA",
     "balance",
     "deformable_sampling",
     "integer_attention",
+    "learnable",
     "spike_attention",
 ]

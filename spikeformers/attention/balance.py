@@ -8,58 +8,69 @@ attention start at zero, so that it attends to nothing: there it starts with one
 Source: after layer-sequential unit-variance initialisation, Mishkin & Matas, ICLR 2016.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from spikeformers.attention.sdda import SDDA
+from spikeformers.neurons import LIF, Neuron, as_membrane
 
-TARGET = 1.0  # mean membrane of an attention neuron, in thresholds
+TARGET = 1.0  # mean charge of an attention neuron, in what one spike takes
+
+
+def drive(neuron: nn.Module, current: Tensor) -> Tensor:
+    """Mean charge by `current` from rest, in what one spike takes; of an activation of an ANN the mean current."""
+    if not isinstance(neuron, Neuron):
+        return current.mean()
+    charge = neuron.charge(as_membrane(current), None).mean()
+    return charge / neuron.threshold if isinstance(neuron, LIF) else charge  # others count in thresholds
 
 
 @torch.no_grad()
-def balance(model: nn.Module, images: Tensor) -> int:
+def balance(model: nn.Module, images: Tensor, *, skip: Collection[str] = ()) -> int:
     """Set the learnable `scale` of every attention in `model`, in order, from one pass over `images` [B, C, H, W], and
     let every untrained SDDA attend.
 
     In the mode that the model is in; running statistics of norms are left as they were. Attentions without a learnable
-    scale stay. Returns how many were set.  An attention whose product is zero everywhere keeps its scale.
+    scale stay, and those whose scale `skip` names (by its name among the parameters: trained ones). Returns how many
+    were set.  An attention whose product is zero everywhere keeps its scale.
     """
     for module in model.modules():
         if isinstance(module, SDDA) and not module.attn_conv.conv.weight.any():
             nn.init.constant_(module.attn_conv.bn.bias, TARGET)
     attentions = [
         module
-        for module in model.modules()
-        if isinstance(getattr(module, "scale", None), nn.Parameter) and hasattr(module, "attn")
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scale", None), nn.Parameter)
+        and hasattr(module, "attn")
+        and f"{name}.scale".lstrip(".") not in skip
     ]
-    statistics = {
-        module: (module.momentum, module.num_batches_tracked.clone())
-        for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d)
-    }
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     done: list[nn.Module] = []
 
     def prepared(attention: nn.Module):
-        def hook(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-            (membrane,) = arguments
-            factor = TARGET / membrane.mean()
+        def hook(neuron: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            (current,) = arguments
+            factor = TARGET / drive(neuron, current)
             if torch.isfinite(factor) and factor > 0:
                 attention.scale.mul_(factor)
                 done.append(attention)
-                return (membrane * factor,)
-            return (membrane,)
+                return (current * factor,)
+            return (current,)
 
         return hook
 
     handles = [each.attn.register_forward_pre_hook(prepared(each)) for each in attentions]
     try:
-        for norm in statistics:
+        for norm in norms:
             norm.momentum = 0.0
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for norm, (momentum, seen) in statistics.items():
+        for norm, (momentum, seen) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(seen)
     return len(done)

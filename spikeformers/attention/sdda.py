@@ -4,8 +4,7 @@ Paper: Spike2Former, Eq. 4 (`deformable_sampling`), Eqs. 5-8 (`SDDA`), Fig. 2 (`
 The G groups share a map's channels; K = 9 points start at the pixels of the 3x3 window and move by learned offsets;
 the attention weights A are spikes, not softmax, so that sampled values are added up where A fires. The bilinear taps
 in front of that are products of real numbers (in `SpikingQuerySDDA` the weights are, too).
-Departures from the paper: W_g and W'_g are an ESC in front and one behind, as in the authors' code (Eq. 5 names one);
-the same spikes of the query make offsets and weights (Eq. 8 drops the prime of Eq. 7).
+Departures from the paper: W_g and W'_g are an ESC in front and one behind, as in the authors' code (Eq. 5 names one).
 `ReleasedSDDA` keeps the slips of the authors' code, for their checkpoints.
 """
 

@@ -8,11 +8,17 @@ threshold (the same neuron); the threshold of SDSA-2 is not given and is taken a
 
 from typing import ClassVar
 
-import torch
 from jaxtyping import Real
 from torch import Tensor, nn
 
-from spikeformers.attention.ssa import ATTENTION_THRESHOLD, SSA, Projection, SpikeAttention
+from spikeformers.attention.ssa import (
+    ATTENTION_THRESHOLD,
+    SSA,
+    Projection,
+    SpikeAttention,
+    WidthScaledSSA,
+    learnable,
+)
 from spikeformers.layers.rep_conv import RepConv
 from spikeformers.neurons import NeuronBuilder
 
@@ -50,32 +56,17 @@ class SDSA4(SDSA3):
     """SDSA-3 with one learnable threshold per layer, started at that of SDSA-3."""
 
     def mixed_neuron(self, *, neuron: NeuronBuilder) -> nn.Module:
-        return neuron(threshold=nn.Parameter(torch.tensor(ATTENTION_THRESHOLD)))
+        return neuron(threshold=learnable(ATTENTION_THRESHOLD))
 
 
-class WidthScaledSDSA(SDSA3):
+class WidthScaledSDSA(SDSA3, WidthScaledSSA):
     """SDSA-3 with scale K^(-1/2) for head width K and threshold 1, as in Spike2Former's backbone."""
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        neuron: NeuronBuilder,
-        heads: int = 8,
-        qkv: Projection | None = None,
-        proj: Projection | None = None,
-    ) -> None:
-        super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj, scale=(dim // heads) ** -0.5)
-
-    def mixed_neuron(self, *, neuron: NeuronBuilder) -> nn.Module:
-        return neuron()
 
 
 class LearnableScaleSDSA(WidthScaledSDSA):
     """The same with a learnable scale, for training from random weights: `balance` finds where it starts."""
 
-    def started_at(self, scale: float) -> nn.Parameter:
-        return nn.Parameter(torch.tensor(scale))
+    started_at = staticmethod(learnable)
 
 
 SDSA = {

@@ -22,6 +22,11 @@ ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125  # fixed in the authors' code whatever the head width
 
 
+def learnable(number: float) -> nn.Parameter:
+    """A number that is learnt from there on, or from where `attention.balance` puts it."""
+    return nn.Parameter(torch.tensor(number))
+
+
 def spike_attention(
     q: Float[Tensor, "TB M K N"], k: Float[Tensor, "TB M K S"], v: Float[Tensor, "TB M K S"]
 ) -> Float[Tensor, "TB M K N"]:
@@ -55,7 +60,7 @@ class SpikeAttention(nn.Module):
         proj: Projection | None = None,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim={dim}, heads={heads}")
         self.heads = heads
         for name in self.operands:
@@ -88,9 +93,10 @@ class SpikeAttention(nn.Module):
 
 
 class ScaledAttention(SpikeAttention):
-    """Attention whose mixture is multiplied by `scale`."""
+    """Attention whose mixture is multiplied by `scale`; `started_at` makes of it the number itself, or a parameter."""
 
     default_scale: ClassVar[float] = SCALE
+    started_at: ClassVar[Callable[[float], float | nn.Parameter]] = float
 
     def __init__(
         self,
@@ -104,10 +110,6 @@ class ScaledAttention(SpikeAttention):
     ) -> None:
         super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj)
         self.scale = self.started_at(self.default_scale if scale is None else scale)
-
-    def started_at(self, scale: float) -> float | nn.Parameter:
-        """The scale itself, or the parameter that starts there."""
-        return scale
 
 
 class SSA(ScaledAttention):
@@ -125,5 +127,29 @@ class SSA(ScaledAttention):
 class LearnableScaleSSA(SSA):
     """SSA whose scale is one learnable number a layer.  Source: Spikformer V2, Sec. 5.3.2."""
 
-    def started_at(self, scale: float) -> float | nn.Parameter:
-        return nn.Parameter(torch.tensor(scale))
+    started_at = staticmethod(learnable)
+
+
+class WidthScaledSSA(SSA):
+    """SSA with scale K^(-1/2) for head width K and threshold 1, as everywhere in Spike2Former."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        neuron: NeuronBuilder,
+        heads: int = 8,
+        qkv: Projection | None = None,
+        proj: Projection | None = None,
+    ) -> None:
+        super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj)
+        self.scale = self.started_at((dim // heads) ** -0.5)
+
+    def mixed_neuron(self, *, neuron: NeuronBuilder) -> nn.Module:
+        return neuron()
+
+
+class LearnableWidthScaledSSA(WidthScaledSSA):
+    """The same with a learnable scale, for training from random weights: `balance` finds where it starts."""
+
+    started_at = staticmethod(learnable)

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from torchvision.transforms import v2
 
 from spikeformers.data.augment import Normalise
+from spikeformers.heads.masks import IGNORE
 
-IGNORE = 255  # label of pixels that belong to no class
 CROP_TRIES = 10  # before a crop that one class dominates is taken all the same
 
 
@@ -145,7 +145,7 @@ class SegmentationTransform:
         """The largest size that can be drawn, if a picture is larger; else its own."""
         if self.augment.short_sides:
             largest = self._short_frame(max(self.augment.short_sides)).size(height, width)
-        elif self.frame == Frame():  # drawn as factors of the original size, which must stay known
+        elif not (self.frame.short_side or self.frame.fixed):  # factors of the original size, which must stay known
             return height, width
         else:
             largest = self.frame.size(height, width, factor=self.augment.scale[1])

@@ -282,7 +282,8 @@ def camvid(top: Path, split: str, count: int) -> Found:
 def maskfolder(top: Path, split: str, count: int) -> Found:
     """SPLIT/images and SPLIT/masks; or images/SPLIT and masks/SPLIT; or images and masks, which are split 80 : 20.
 
-    A mask has its image's name and ends in .png.  The split of 80 : 20 is a fixed permutation, the same for every seed.
+    A mask has its image's name and ends in .png.  The split of 80 : 20 is a fixed permutation, the same for every seed;
+    its parts are called "train", and "val" or "test".
     """
     places = [(top / split / "images", top / split / "masks"), (top / "images" / split, top / "masks" / split)]
     whole = top / "images", top / "masks"
@@ -297,6 +298,7 @@ def maskfolder(top: Path, split: str, count: int) -> Found:
 
 
 def _held_out(length: int, split: str) -> np.ndarray:
+    _one_of(split, ("train", "val", "test"), source="a mask folder that is split 80 : 20")
     count = max(round(HELD_OUT * length), 1)
     order = np.random.RandomState(0).permutation(length)
     kept = np.sort(order[count:] if split == "train" else order[:count])

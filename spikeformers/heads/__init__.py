@@ -1,8 +1,8 @@
 """Heads for dense prediction, each with its loss; they know the shapes of feature maps, never a backbone."""
 
-from spikeformers.heads.masks import MaskClassification
+from spikeformers.heads.masks import IGNORE, MaskClassification
 from spikeformers.heads.segmenter import Segmenter, SegmenterConfig
-from spikeformers.heads.semantic_fpn import IGNORE, SemanticFPN, SemanticFPNConfig
+from spikeformers.heads.semantic_fpn import SemanticFPN, SemanticFPNConfig
 from spikeformers.heads.spike2former import Spike2FormerConfig, Spike2FormerHead
 
 __all__ = [

@@ -1,6 +1,7 @@
 """SDTD, the spike-driven transformer decoder: a fixed set of queries reads the maps of a pixel decoder.
 
 Paper: Spike2Former, Eqs. 9-11 (`DecoderLayer`: SDCA, SDSA, channel MLP), 12-13 (`SpikeCrossAttention`).
+`SoftmaxCrossAttention` and `SoftmaxSelfAttention` stand in their places in an ANN twin.
 Departures from the paper, all as in the authors' code: no softmax and no neuron on the scores; scores are divided by
 the root of the whole width, not of a head's; queries and pixels carry positions on the way to q and k, not to v; no
 masked attention. Queries are a map [TB, C, 1, Q], so that linear layers on them are 1x1 convolutions as everywhere.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
@@ -44,21 +46,11 @@ def sine_position(height: int, width: int, *, dim: int, like: Tensor) -> Float[T
     return torch.cat([rows, columns])[None].to(like.dtype)
 
 
-def spiking_projection(dim: int, *, neuron: NeuronBuilder) -> nn.Sequential:
-    """SN - 1x1 convolution and norm - SN: from a membrane to the spikes that are multiplied."""
-    return nn.Sequential(OrderedDict(neuron=neuron(), conv=ConvBN(dim, dim, 1, bias=True), spikes=neuron()))
-
-
-def learnable(scale: float) -> nn.Parameter:
-    """A scale that is learnt from there on, or from where `attention.balance` puts it."""
-    return nn.Parameter(torch.tensor(scale))
-
-
-class SpikeCrossAttention(nn.Module):
-    """SDCA: conv(SN(Q K^T V / sqrt(C))) per head, with Q from queries, K and V from a memory.
+class CrossAttention(nn.Module):
+    """Attention with Q from queries, K and V from a memory; subclasses say what becomes of currents, and how they mix.
 
     Membranes [TB, C, 1, Q] and [TB, C, H, W] -> currents [TB, C, 1, Q].  `scale` makes of 1/sqrt(C) what multiplies:
-    the number itself, or `learnable`.
+    the number itself, or `attention.learnable`.
     """
 
     quantize_role: ClassVar[str] = "attention"
@@ -72,15 +64,30 @@ class SpikeCrossAttention(nn.Module):
         scale: Callable[[float], float | nn.Parameter] = float,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim={dim}, heads={heads}")
         self.heads = heads
         self.scale = scale(dim**-0.5)
-        self.q = spiking_projection(dim, neuron=neuron)
-        self.k = spiking_projection(dim, neuron=neuron)
-        self.v = spiking_projection(dim, neuron=neuron)
-        self.attn = neuron()
+        self.q = self.operand(dim, neuron=neuron)
+        self.k = self.operand(dim, neuron=neuron)
+        self.v = self.operand(dim, neuron=neuron)
+        self.attn = self.spikes(neuron=neuron)
         self.proj = ConvBN(dim, dim, 1, bias=True)
+
+    def operand(self, dim: int, *, neuron: NeuronBuilder) -> nn.Sequential:
+        """SN - 1x1 convolution and norm - `spikes`: from a membrane to what is multiplied."""
+        parts = {"neuron": neuron(), "conv": ConvBN(dim, dim, 1, bias=True), "spikes": self.spikes(neuron=neuron)}
+        return nn.Sequential(OrderedDict(parts))
+
+    def spikes(self, *, neuron: NeuronBuilder) -> nn.Module:
+        """What the currents of Q, K, V and of their mixture go through."""
+        raise TypeError(f"{type(self).__name__} must define spikes()")
+
+    def mix(
+        self, q: Real[Tensor, "TB M K Q"], k: Real[Tensor, "TB M K N"], v: Real[Tensor, "TB M K N"]
+    ) -> Real[Tensor, "TB M K Q"]:
+        """Attention of M heads."""
+        raise TypeError(f"{type(self).__name__} must define mix()")
 
     def forward(
         self,
@@ -92,7 +99,7 @@ class SpikeCrossAttention(nn.Module):
         q = self.q(queries + query_positions)
         k = self.k(memory + memory_positions)
         v = self.v(memory)
-        mixed = spike_attention(self.split(q), self.split(k), self.split(v)) * self.scale
+        mixed = self.mix(self.split(q), self.split(k), self.split(v))
         return self.proj(self.attn(mixed.reshape(queries.shape)))
 
     def split(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB M K N"]:
@@ -100,13 +107,45 @@ class SpikeCrossAttention(nn.Module):
         return spikes.flatten(2).unflatten(1, (self.heads, -1))
 
 
-class SpikeSelfAttention(SpikeCrossAttention):
-    """SDSA of queries: the memory is the queries themselves."""
+class SpikeCrossAttention(CrossAttention):
+    """SDCA: conv(SN(Q K^T V / sqrt(C))) per head, of spikes.  Source: Spike2Former, Eqs. 12-13."""
+
+    def spikes(self, *, neuron: NeuronBuilder) -> nn.Module:
+        return neuron()
+
+    def mix(
+        self, q: Real[Tensor, "TB M K Q"], k: Real[Tensor, "TB M K N"], v: Real[Tensor, "TB M K N"]
+    ) -> Real[Tensor, "TB M K Q"]:
+        return spike_attention(q, k, v) * self.scale
+
+
+class SoftmaxCrossAttention(CrossAttention):
+    """conv(Softmax(Q K^T / sqrt(C)) V) per head, of real numbers: an ordinary transformer's, for the ANN twin."""
+
+    def spikes(self, *, neuron: NeuronBuilder) -> nn.Module:
+        return nn.Identity()
+
+    def mix(
+        self, q: Real[Tensor, "TB M K Q"], k: Real[Tensor, "TB M K N"], v: Real[Tensor, "TB M K N"]
+    ) -> Real[Tensor, "TB M K Q"]:
+        return F.scaled_dot_product_attention(q.mT * self.scale, k.mT, v.mT, scale=1.0).mT
+
+
+class SelfAttention(CrossAttention):
+    """Attention whose memory is the queries themselves."""
 
     def forward(
         self, queries: Real[Tensor, "TB C 1 Q"], query_positions: Real[Tensor, "#TB C 1 Q"]
     ) -> Real[Tensor, "TB C 1 Q"]:
         return super().forward(queries, query_positions, queries, query_positions)
+
+
+class SpikeSelfAttention(SelfAttention, SpikeCrossAttention):
+    """SDSA of queries."""
+
+
+class SoftmaxSelfAttention(SelfAttention, SoftmaxCrossAttention):
+    """Self-attention of queries in the ANN twin."""
 
 
 class FFN(nn.Module):
@@ -140,7 +179,7 @@ class ReleasedFFN(FFN):
 class DecoderLayer(nn.Module):
     """Q' = Q + SDCA(Q, F); Q'' = Q' + SDSA(Q'); Q''' = Q'' + MLP(Q'').  Source: Spike2Former, Eqs. 9-11."""
 
-    def __init__(self, cross_attn: SpikeCrossAttention, self_attn: SpikeSelfAttention, ffn: FFN) -> None:
+    def __init__(self, cross_attn: CrossAttention, self_attn: SelfAttention, ffn: FFN) -> None:
         super().__init__()
         self.cross_attn = cross_attn
         self.self_attn = self_attn

@@ -3,13 +3,14 @@
 Paper: Spike2Former, Eqs. 14-15 and Fig. 1(D); the rows of Table 3 about it are the shortcuts below.
 Departures from the paper, all as in the authors' code, since the published numbers come from it: queries pass a sigmoid
 before they spike (their neurons then fire once, where sigmoid > 1/2, that is where the query is positive); spikes here
-are worth `alpha` times as much, which with alpha = D undoes the normalisation of NI-LIF; the convolution of the
-ME-shortcut mixes queries, not channels.
+are worth `alpha` times as much, which with alpha = D undoes the normalisation of NI-LIF (of I-LIF, which has none, it
+makes D times the counts); the convolution of the ME-shortcut mixes queries, not channels.
 All states of a decoder pass together, one a row: batch norm pools its statistics over them.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Real
@@ -45,7 +46,7 @@ class ConvShortcut(SpikeShortcut):
 
 
 class MembraneShortcut(SpikeShortcut):
-    """Membranes around the mask MLP: Table 3, "ME-Shortcut -> Membrane Shortcut", read as what would have spiked."""
+    """Membranes around the mask MLP, as they are before the sigmoid: Table 3, "ME-Shortcut -> Membrane Shortcut"."""
 
     def forward(self, membrane: Real[Tensor, "TB C L Q"], spikes: Real[Tensor, "TB C L Q"]) -> Real[Tensor, "TB C L Q"]:
         return self.weight * membrane
@@ -65,10 +66,12 @@ SHORTCUTS = {"conv": ConvShortcut, "none": NoShortcut, "spikes": SpikeShortcut, 
 
 
 class ScaledSpikes(nn.Module):
-    """A neuron whose spikes are worth `alpha` times as much: alpha SN(x)."""
+    """A neuron whose spikes are worth `alpha` times as much: alpha SN(x).  Raises ValueError for alpha <= 0."""
 
     def __init__(self, alpha: float, *, neuron: NeuronBuilder) -> None:
         super().__init__()
+        if alpha <= 0:
+            raise ValueError(f"alpha, what a spike of the mask embedding is worth, must be above 0, got {alpha}")
         self.alpha = alpha
         self.neuron = neuron()
 
@@ -81,6 +84,8 @@ class MaskEmbedding(nn.Module):
 
     The last class is "no object".
     """
+
+    quantize_role: ClassVar[str] = "linear"
 
     def __init__(
         self, dim: int, *, queries: int, num_classes: int, shortcut: Shortcut, neuron: NeuronBuilder, alpha: float = 4.0
@@ -106,7 +111,6 @@ class MaskEmbedding(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, states: Real[Tensor, "TB C L Q"]) -> tuple[Real[Tensor, "TB K L Q"], Real[Tensor, "TB C L Q"]]:
-        membrane = states.sigmoid()
-        spikes = self.query_spikes(membrane)
-        mask = self.mask_mlp(spikes) + self.shortcut(membrane, spikes)
+        spikes = self.query_spikes(states.sigmoid())
+        mask = self.mask_mlp(spikes) + self.shortcut(states, spikes)
         return self.classifier(spikes), self.mask_spikes(mask)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from spikeformers.heads.masks import MaskClassification
-from spikeformers.heads.semantic_fpn import IGNORE
+from spikeformers.heads.masks import IGNORE, MaskClassification, check_labels
 from spikeformers.neurons import as_membrane
 
 EPSILON = torch.finfo(torch.float32).eps  # the authors' code adds it to what it divides sums by
@@ -105,15 +104,8 @@ def shrunk(labels: Int[Tensor, "B H W"], size: tuple[int, int]) -> Int[Tensor, "
 
 def classes_of(labels: Int[Tensor, "B H W"], *, num_classes: int) -> list[Int[Tensor, " n"]]:
     """The classes that each image holds, sorted. Raises ValueError for a label that is neither a class nor 255."""
-    found = [image.unique() for image in labels]
-    present = [classes[classes != IGNORE] for classes in found]
-    wrong = [label for classes in present for label in classes.tolist() if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(
-            f"label {wrong[0]} is no class of this head: labels are 0 to {num_classes - 1}, or {IGNORE} for pixels to "
-            "ignore; build the model with more num_classes or map the labels"
-        )
-    return present
+    check_labels(labels, num_classes=num_classes)
+    return [classes[classes != IGNORE] for classes in (image.unique() for image in labels)]
 
 
 def dice_losses(mask_logits: Float[Tensor, "M H W"], targets: Float[Tensor, "M H W"]) -> Float[Tensor, " M"]:

@@ -1,14 +1,29 @@
 """Mask classification: what a head predicts that gives every query a class and a mask, and the map it stands for.
 
+Also what the labels of all heads have in common.
+
 Paper: Cheng et al., "Per-Pixel Classification is Not All You Need" (MaskFormer), 2021, which Spike2Former follows.
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+IGNORE = 255
+"""Label of pixels that no loss and no score counts."""
+
+
+def check_labels(labels: Int[Tensor, " *shape"], *, num_classes: int) -> None:
+    """Raises ValueError for a label that is neither one of `num_classes` classes nor IGNORE."""
+    wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= num_classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"label {int(wrong[0])} is no class of this head: labels are 0 to {num_classes - 1}, or {IGNORE} for "
+            "pixels to ignore; build the model with more num_classes or map the labels"
+        )
 
 
 class MaskClassification(NamedTuple):

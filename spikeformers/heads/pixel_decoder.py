@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Real
+from jaxtyping import Real
 from torch import Tensor, nn
 
-from spikeformers.attention import SDDA, SSA, ReleasedSDDA
+from spikeformers.attention import SDDA, ReleasedSDDA, WidthScaledSSA
 from spikeformers.attention.sdda import read_channels_last
 from spikeformers.layers import ESC, ChannelMLP, ConvBN, MembraneShortcut, Mixer, Pointwise, TransformerBlock
 from spikeformers.neurons import NeuronBuilder, as_membrane
@@ -77,7 +77,7 @@ ReleasedSDTELayer = partial(SDTELayer, attention=ReleasedSDDA, mlp=ReleasedSpike
 class VanillaEncoderLayer(TransformerBlock):
     """Spiking self-attention and the channel MLP on membranes: Table 3, "Vanilla Transformer Encoder"."""
 
-    def __init__(self, dim: int, *, neuron: NeuronBuilder, attention: Mixer = SSA, ratio: int = 4) -> None:
+    def __init__(self, dim: int, *, neuron: NeuronBuilder, attention: Mixer = WidthScaledSSA, ratio: int = 4) -> None:
         super().__init__(
             dim,
             token_mixer=attention,
@@ -103,7 +103,7 @@ class TopDown(nn.Module):
         self.neuron = neuron()
         self.output = ConvBN(dim, dim, 3, groups=dim)
 
-    def forward(self, fine: Real[Tensor, "TB c H W"], coarse: Float[Tensor, "TB C h w"]) -> Float[Tensor, "TB C H W"]:
+    def forward(self, fine: Real[Tensor, "TB c H W"], coarse: Real[Tensor, "TB C h w"]) -> Real[Tensor, "TB C H W"]:
         upsampled = F.interpolate(as_membrane(coarse), size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return self.output(self.neuron(self.lateral(fine) + upsampled))
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -22,7 +22,9 @@ class BackboneConfig(Protocol):
 
 @runtime_checkable
 class HeadConfig(Protocol):
-    """Sizes of a head."""
+    """Sizes of a head.  `own_neurons`: its fields that name other neurons than the network's, and may be empty."""
+
+    own_neurons: ClassVar[tuple[str, ...]]
 
     def build(self, features: FeatureInfo, *, num_classes: int, neuron: NeuronBuilder, steps: int) -> nn.Module: ...
 
@@ -48,8 +50,28 @@ class SegmenterConfig:
     decay: float = 0.5
     bits: int = 0
 
+    def __post_init__(self) -> None:
+        fields, inside, ahead = (
+            {each.name for each in dataclasses.fields(part)} for part in (self, self.backbone, self.head)
+        )
+        if both := sorted((inside & ahead) - fields):
+            raise ValueError(
+                f"backbone and head both have an option {both[0]!r}, and a value would go to both: rename one of them"
+            )
+        if self.decay != SegmenterConfig.decay and not self.temporal:
+            raise ValueError(f"decay={self.decay} is for membranes that live on: add temporal=True, or leave it out")
+
     def build(self) -> "Segmenter":
         return Segmenter(self)
+
+    def head_config(self) -> HeadConfig:
+        """`head` with builders in the place of the names of its own neurons."""
+        named = {field: getattr(self.head, field) for field in self.head.own_neurons}
+        return dataclasses.replace(self.head, **{field: self.builder(name) for field, name in named.items() if name})
+
+    def builder(self, neuron: str | NeuronBuilder) -> NeuronBuilder:
+        """Of neurons with the levels and steps of the network, and the membrane of Eqs. 16-18 if `temporal`."""
+        return neuron_builder(self.carried(neuron), levels=self.levels, steps=self.steps)
 
     def carried(self, neuron: str | NeuronBuilder) -> str | NeuronBuilder:
         """`neuron`, with the membrane of Eqs. 16-18 if `temporal`. Raises ValueError for one that cannot have it."""
@@ -64,7 +86,7 @@ class SegmenterConfig:
 class Segmenter(Pretrained):
     """Images [B, C, H, W] -> what its head gives: logits of pixels, or classes and masks of queries.
 
-    `semantic(output, size)` makes either of them probabilities or scores [B, classes, H, W].
+    `semantic(output, size)` makes scores [B, classes, H, W] of either.
     """
 
     def __init__(self, config: SegmenterConfig) -> None:
@@ -72,14 +94,17 @@ class Segmenter(Pretrained):
         if config.num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {config.num_classes}")
         self.config = config
-        timing = {"levels": config.levels, "steps": config.steps}
         self.backbone = dataclasses.replace(
-            config.backbone, neuron=config.carried(config.neuron), in_channels=config.in_channels, **timing
+            config.backbone,
+            neuron=config.carried(config.neuron),
+            in_channels=config.in_channels,
+            levels=config.levels,
+            steps=config.steps,
         ).build_stages()
-        self.head = config.head.build(
+        self.head = config.head_config().build(
             self.backbone.feature_info,
             num_classes=config.num_classes,
-            neuron=neuron_builder(config.carried(config.head_neuron or config.neuron), **timing),
+            neuron=config.builder(config.head_neuron or config.neuron),
             steps=config.steps,
         )
         if config.bits:

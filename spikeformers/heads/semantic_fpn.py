@@ -10,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
+from spikeformers.heads.masks import IGNORE, check_labels
 from spikeformers.layers import ConvBN, FeatureInfo
-from spikeformers.neurons import AfterTime, NeuronBuilder, TimeMean, choose
-
-IGNORE = 255
-"""Label of pixels that no loss and no score counts."""
+from spikeformers.neurons import AfterTime, NeuronBuilder, TimeMean, as_membrane, choose
 
 
 class SpikingConv(nn.Module):
@@ -56,7 +55,7 @@ class FeaturePyramid(AfterTime):
         self.output = nn.ModuleList(build(convolution(dim, dim, 3, bias=True)) for _ in channels)
 
     def forward(self, maps: list[Real[Tensor, "B _ _ _"]]) -> list[Real[Tensor, "B _ _ _"]]:
-        maps = [layer(each) for layer, each in zip(self.lateral, maps, strict=True)]
+        maps = [as_membrane(layer(each)) for layer, each in zip(self.lateral, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], size=maps[level - 1].shape[2:])
         return [layer(each) for layer, each in zip(self.output, maps, strict=True)]
@@ -87,14 +86,14 @@ class PixelClassifier(AfterTime):
         total = None
         for level, (branch, x) in enumerate(zip(self.branches, maps, strict=True)):
             for layer in branch:
-                x = layer(x)
+                x = as_membrane(layer(x))
                 if level:
                     x = F.interpolate(x, scale_factor=2, mode="bilinear")
-            total = x if total is None else total + _fitted(x, total)
+            total = x if total is None else total + _resized(x, total)
         return self.classify(self.dropout(self.neuron(total)))
 
 
-def _fitted(x: Tensor, like: Tensor) -> Tensor:
+def _resized(x: Tensor, like: Tensor) -> Tensor:
     """`x` at the size of `like`: doubling misses it where sides are odd."""
     return x if x.shape[2:] == like.shape[2:] else F.interpolate(x, size=like.shape[2:], mode="bilinear")
 
@@ -126,17 +125,18 @@ class SemanticFPN(nn.Module):
         return self.classifier(self.neck(means))
 
     def semantic(self, logits: Float[Tensor, "B L _ _"], size: tuple[int, int]) -> Float[Tensor, "B L H W"]:
-        """Probabilities [B, classes, H, W] at `size` = (H, W)."""
-        return F.interpolate(logits, size=tuple(size), mode="bilinear").softmax(1)
+        """Logits [B, classes, H, W] at `size` = (H, W), in float32 or wider; the largest is the pixel's class."""
+        return F.interpolate(as_membrane(logits), size=tuple(size), mode="bilinear")
 
     def loss(
         self, logits: Float[Tensor, "B L _ _"], labels: Int64[Tensor, "B H W"], *, class_weights: Tensor | None = None
     ) -> Float[Tensor, ""]:
         """Cross-entropy at the size of `labels`, averaged over pixels that are not IGNORE; 0 if all are.
 
-        `class_weights` [classes] weigh each pixel by its label.
+        `class_weights` [classes] weigh each pixel by its label.  Raises ValueError for a label that is no class.
         """
-        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear")
+        check_labels(labels, num_classes=logits.shape[1])
+        logits = F.interpolate(as_membrane(logits), size=labels.shape[1:], mode="bilinear")
         total = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=IGNORE, reduction="sum")
         counted = labels != IGNORE
         if class_weights is None:
@@ -152,6 +152,8 @@ NECKS = {"plain": plain_conv, "batch_norm": ConvBN}
 class SemanticFPNConfig:
     """`neck_dim`, `fpn_dim`: channels of the pyramid and of the head behind it.  `neck`: "plain" convolutions, as in
     the LIF form, or "batch_norm" behind each, as in the integer form."""
+
+    own_neurons: ClassVar[tuple[str, ...]] = ()
 
     neck_dim: int = 128
     fpn_dim: int = 128

@@ -10,20 +10,23 @@ Masks are products of spikes and real numbers at half the image's resolution, as
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
+from spikeformers.attention import LearnableWidthScaledSSA, WidthScaledSSA, learnable
 from spikeformers.attention.sdda import SDDA, WIDE_ESC, DepthwiseQuery, ReleasedSDDA, SpikeQuery, SpikingQuerySDDA
 from spikeformers.heads.mask_decoder import (
     FFN,
     DecoderLayer,
     MaskDecoder,
     ReleasedFFN,
+    SoftmaxCrossAttention,
+    SoftmaxSelfAttention,
     SpikeCrossAttention,
     SpikeSelfAttention,
-    learnable,
 )
 from spikeformers.heads.mask_embedding import SHORTCUTS, MaskEmbedding, Shortcut
 from spikeformers.heads.mask_loss import MaskLossWeights, all_mask_losses
@@ -37,7 +40,7 @@ from spikeformers.heads.pixel_decoder import (
     VanillaEncoderLayer,
 )
 from spikeformers.layers import FeatureInfo, Mixer, Pointwise
-from spikeformers.neurons import NeuronBuilder, TimeMean, choose, neuron_builder
+from spikeformers.neurons import NeuronBuilder, TimeMean, choose
 
 
 class Spike2FormerHead(nn.Module):
@@ -46,6 +49,8 @@ class Spike2FormerHead(nn.Module):
     `pyramid`: which of the maps are read, fine to coarse.  In training every state of the decoder predicts, the last
     one last; in evaluation only the last.
     """
+
+    last_layers: ClassVar[tuple[str, ...]] = ("embedding.classifier", "pixel_decoder.embedding")
 
     def __init__(
         self,
@@ -111,6 +116,11 @@ def mask_products(
 
 
 ATTENTION_SCALES = {"fixed": float, "learnable": learnable}
+ENCODER_ATTENTIONS = {"fixed": WidthScaledSSA, "learnable": LearnableWidthScaledSSA}
+DECODER_ATTENTIONS = {
+    "spike": (SpikeCrossAttention, SpikeSelfAttention),
+    "softmax": (SoftmaxCrossAttention, SoftmaxSelfAttention),
+}
 FFNS = {"fixed": FFN, "released": ReleasedFFN}
 ENCODER_MLPS = {"fixed": SpikeMLP, "released": ReleasedSpikeMLP}
 SDDA_OF = {
@@ -131,12 +141,17 @@ class Spike2FormerConfig:
     or plain.  `sdda_spikes`: the attention "weights" are spikes, or the sampled "query" is.  `encoder_query`: the
     "single" coarsest map is encoded, or "multi", all that the decoder reads.
     `mask_shortcut`: conv, none, spikes (without its convolution) or membrane.
+    `alpha`: what spikes inside the mask embedding are multiplied by; D undoes the norm of NI-LIF, and for I-LIF, which
+    has none, take 1.
     `cross_attention_neuron`: another neuron's name for SDCA alone ("ni_lif" in a network of "i_lif" is Table 3's "Norm
     only in Cross-Attn"); "": the network's.  The table's other neurons: i_lif, ni_lif_const8, sigmoid_l2.
+    `decoder_attention`: spike, or softmax (an ANN's, see ANN_TWIN).
     For training without a trained backbone: `attention_scale` "learnable" instead of "fixed", balanced on the first
-    batch (attention/balance.py), and `layer_scale`, where the factors of the encoder's branches start, at 0.1 or more.
+    batch (attention/balance.py), and `encoder_scale`, where the factors of SDTE's branches start, at 0.1 or more.
     `loss_resolution`: of the "labels", or of the "masks" (MaskLossWeights).
     """
+
+    own_neurons: ClassVar[tuple[str, ...]] = ("cross_attention_neuron",)
 
     dim: int = 256
     queries: int = 100
@@ -154,15 +169,17 @@ class Spike2FormerConfig:
     sdda_spikes: str = "weights"
     encoder_query: str = "single"
     mask_shortcut: str | Shortcut = "conv"
-    cross_attention_neuron: str = ""
+    cross_attention_neuron: str | NeuronBuilder = ""
+    decoder_attention: str = "spike"
     attention_scale: str = "fixed"
-    layer_scale: float = 1e-6
+    encoder_scale: float = 1e-6
     loss_resolution: str = "labels"
 
     def build(
         self, features: FeatureInfo, *, num_classes: int, neuron: NeuronBuilder, steps: int = 1
     ) -> Spike2FormerHead:
         """The head for a backbone with these `features`. Raises ValueError for a choice or a size that cannot be."""
+        self._check_choices()
         pyramid = features.pyramid()
         memories = max(1, len(pyramid) - 1)
         pixel_decoder = PixelDecoder(
@@ -177,7 +194,7 @@ class Spike2FormerConfig:
             queries=self.queries,
             memories=memories,
             layers=self.decoder_layers,
-            layer=self._decoder_layer(neuron=neuron, steps=steps),
+            layer=self._decoder_layer(neuron=neuron),
         )
         embedding = MaskEmbedding(
             self.dim,
@@ -197,6 +214,23 @@ class Spike2FormerConfig:
             weights=MaskLossWeights(resolution=resolution),
         )
 
+    def _check_choices(self) -> None:
+        """Raises ValueError for a choice that another one leaves without effect."""
+        if isinstance(self.cross_attention_neuron, str) and self.cross_attention_neuron:
+            raise ValueError(
+                f"a head of its own takes a builder, got cross_attention_neuron={self.cross_attention_neuron!r}: say "
+                "neuron_builder(name, levels=, steps=), or name it in a SegmenterConfig"
+            )
+        if self.encoder == "none" and self.encoder_query == "multi":
+            raise ValueError("encoder_query='multi' encodes all that the decoder reads: not with encoder='none'")
+        if self.encoder == "sdte":
+            return
+        if self.layout == "released":
+            raise ValueError(f"layout='released' is of encoder='sdte', got encoder={self.encoder!r}: use 'fixed'")
+        for name in ("sdda_projection", "sdda_query", "sdda_spikes"):
+            if (value := getattr(self, name)) != getattr(Spike2FormerConfig, name):
+                raise ValueError(f"{name}={value!r} is of encoder='sdte', got encoder={self.encoder!r}: leave it out")
+
     def _encoder(self) -> Mixer:
         """What refines a map: called as `encoder(dim, neuron=builder)`."""
         if self.encoder_hidden % self.dim:
@@ -212,25 +246,39 @@ class Spike2FormerConfig:
             proj=choose("sdda_projection", self.sdda_projection, SDDA_PROJECTIONS),
             query=choose("sdda_query", self.sdda_query, SDDA_QUERIES),
         )
-        sdte = partial(SDTELayer, attention=attention, mlp=partial(mlp, ratio=ratio), layer_scale=self.layer_scale)
+        sdte = partial(SDTELayer, attention=attention, mlp=partial(mlp, ratio=ratio), layer_scale=self.encoder_scale)
+        vanilla = partial(
+            VanillaEncoderLayer,
+            attention=choose("attention_scale", self.attention_scale, ENCODER_ATTENTIONS),
+            ratio=ratio,
+        )
         encoders = {
             "sdte": partial(Encoder, layer=sdte, depth=self.encoder_layers),
-            "vanilla": partial(Encoder, layer=partial(VanillaEncoderLayer, ratio=ratio), depth=self.encoder_layers),
+            "vanilla": partial(Encoder, layer=vanilla, depth=self.encoder_layers),
             "none": partial(Encoder, depth=0),
         }
         return choose("encoder", self.encoder, encoders)
 
-    def _decoder_layer(self, *, neuron: NeuronBuilder, steps: int) -> Callable[[], DecoderLayer]:
+    def _decoder_layer(self, *, neuron: NeuronBuilder) -> Callable[[], DecoderLayer]:
         ffn = choose("layout", self.layout, FFNS)
         attention = {
             "heads": self.decoder_heads,
             "scale": choose("attention_scale", self.attention_scale, ATTENTION_SCALES),
         }
-        crossing = neuron
-        if self.cross_attention_neuron:
-            crossing = neuron_builder(self.cross_attention_neuron, levels=neuron().levels, steps=steps)
+        crossing = self.cross_attention_neuron or neuron
+        cross, own = choose("decoder_attention", self.decoder_attention, DECODER_ATTENTIONS)
         return lambda: DecoderLayer(
-            SpikeCrossAttention(self.dim, neuron=crossing, **attention),
-            SpikeSelfAttention(self.dim, neuron=neuron, **attention),
+            cross(self.dim, neuron=crossing, **attention),
+            own(self.dim, neuron=neuron, **attention),
             ffn(self.dim, self.decoder_hidden, neuron=neuron),
         )
+
+
+ANN_TWIN = {
+    "neuron": "gelu",
+    "attention": "softmax",
+    "decoder_attention": "softmax",
+    "attention_scale": "fixed",
+    "steps": 1,
+}
+"""Overrides that make any Spike2Former an ordinary network of the same layers, with GELU and softmax attention."""

@@ -20,11 +20,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "camvid_smoke": camvid.smoke,
     "camvid_fpn_small": camvid.fpn_small,
     "camvid_spike2former_small": camvid.spike2former_small,
+    "camvid_backbone": camvid.backbone,
     "camvid_fpn": camvid.fpn_gpu,
     "camvid_spike2former": camvid.spike2former_gpu,
     "spike2former_ade20k": spike2former.ade20k,
     "spike2former_cityscapes": spike2former.cityscapes,
     "spike2former_voc": spike2former.voc,
+    "spike2former_voc_aug": spike2former.voc_aug,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,
@@ -41,7 +43,7 @@ for _size in ("t", "m", "l"):
     for _classes in (10, 100):
         RECIPES[f"qsd_transformer_{_size}_cifar{_classes}"] = partial(qsd_transformer.transfer, _size, _classes)
 for _size in ("15m", "55m"):
-    for _data in ("ade20k", "voc"):
+    for _data in ("ade20k", "voc", "voc_aug"):
         RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}"] = partial(meta_spikeformer.fpn, _size, _data)
         RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}_t4"] = partial(meta_spikeformer.fpn_t4, _size, _data)
 for _size in ("t", "m"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.segmentation_augment import SegmentationAugment
+from spikeformers.recipes.quick import cifar10_small
 from spikeformers.train.recipe import Init, ModelChoice, Optim, Recipe, Saving, Segmentation, Testing
 
 
@@ -90,9 +91,35 @@ _SMALL_HEAD = {
     "decoder_heads": 4,
     "decoder_hidden": 256,
     "attention_scale": "learnable",
-    "layer_scale": 0.1,
+    "encoder_scale": 0.1,
     "loss_resolution": "masks",
 }
+
+
+def backbone() -> Recipe:
+    """The backbone of camvid_spike2former_small as a classifier of 10,000 CIFAR-10 images, to start from.
+
+    spikeformers train camvid_backbone
+    spikeformers train camvid_spike2former_small --set init.backbone=runs/camvid_backbone
+    """
+    return Recipe(
+        name="camvid_backbone",
+        data=cifar10_small().data,
+        model=ModelChoice(
+            name="meta_spikeformer_15m",
+            neuron="ni_lif",
+            levels=4,
+            **_BACKBONE,
+            strides=(1, 1, 2, 2, 1),  # strides leave weights as they are, and these pictures have 32 pixels a side
+            options=_BACKBONE_OPTIONS,
+        ),
+        init=Init(balance=True),
+        optim=Optim(lr=2e-3, warmup_epochs=0.5, weight_decay=0.05, clip_grad=1.0),
+        testing=Testing(every=2, images=1_000, integer_images=100),
+        epochs=8,
+        batch_size=32,
+        threads=1,
+    )
 
 
 def smoke() -> Recipe:
@@ -152,6 +179,6 @@ def spike2former_gpu() -> Recipe:
             name="spike2former_voc",
             neuron="ni_lif",
             levels=4,
-            options={"attention": "sdsa3_learned", "attention_scale": "learnable", "layer_scale": 0.1},
+            options={"attention": "sdsa3_learned", "attention_scale": "learnable", "encoder_scale": 0.1},
         ),
     )

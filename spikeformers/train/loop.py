@@ -36,10 +36,14 @@ from spikeformers.train.silent import FIRST, cure, described, silent_neurons
 from spikeformers.train.summary import AnySummary, read_summary
 from spikeformers.train.tasks import Result, build_task
 from spikeformers.weights import load_backbone
-from spikeformers.zoo import create_model
+from spikeformers.zoo import create_model, options_of
 
 _LOG_EVERY = 10  # optimiser steps
-_FREE_TO_CHANGE = ("threads", "workers", "saving.", "testing.", "data.root")  # on resuming: none touches the weights
+# On resuming: none of these touches the weights.
+_FREE_TO_CHANGE = (
+    *("threads", "workers", "saving.", "testing.", "data.root"),
+    *("segmentation.test", "segmentation.crop", "segmentation.stride"),
+)
 
 
 def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console | None = None) -> AnySummary:
@@ -190,31 +194,39 @@ class _Work:
         split = self.train_split
         self.task = build_task(recipe, split=split, device=device)
         network = build_model(recipe, num_classes=len(split.classes), in_channels=split.in_channels)
+        trained: set[nn.Parameter] = set()
         if recipe.init.backbone and fresh:
-            self.notes.append(f"init.backbone: {load_backbone(network, recipe.init.backbone)}")
+            report = load_backbone(network, recipe.init.backbone, options=options_of)
+            self.notes.append(f"init.backbone: {report}")
+            trained = {parameter for name, parameter in network.named_parameters() if name not in report.kept}
         if bits := recipe.quantize.chosen():  # after loading: step sizes come from the weights
             prepare(network, bits=bits, **recipe.quantize.options())
         self.plain = self.task.wrap(network)
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.init.balance and fresh:
-            self.notes.append(self._balanced())
+            self.notes.append(self._balanced(trained))
         if recipe.sync_bn:
             sync_bn(self.plain)
         self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.optimizer = build_optimizer(self.plain, recipe.optim)
         self.model = self.accelerator.prepare_model(self.plain)
 
-    def _balanced(self) -> str:
-        """Let attention scales start where the first training images want them; every process does the same."""
+    def _balanced(self, trained: set[nn.Parameter]) -> str:
+        """Let attention scales start where the first training images want them; every process does the same.
+
+        Those that are `trained` stay.
+        """
         images = torch.stack([self.train_split[0, index][0] for index in range(self.recipe.batch_size)])
         images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout)
-        count = balance(self.plain.train(), images)
-        if not count:
+        skip = {name for name, parameter in self.plain.named_parameters() if parameter in trained}
+        count, left = balance(self.plain.train(), images, skip=skip), sum(name.endswith(".scale") for name in skip)
+        if not count and not left:
             raise ValueError(
                 "init.balance sets learnable attention scales, and this network has none: build it with "
                 "attention=sdsa3_learned and, of Spike2Former, attention_scale=learnable"
             )
-        return f"init.balance: {count} attention scales start where {len(images)} training images drive one spike"
+        kept = f"; {left} of init.backbone stay as trained" if left else ""
+        return f"init.balance: {count} attention scales start where {len(images)} training images drive one spike{kept}"
 
     @property
     def tested(self) -> nn.Module:
@@ -350,7 +362,9 @@ class _Work:
         if share < 1:
             raise ValueError(self._not_finite("an input image has values that are not finite"))
         if not np.isfinite([loss, norm]).all():
-            raise ValueError(self._not_finite(f"the loss is {loss} and the gradient norm {norm}") + cure(self.unfired))
+            raise ValueError(
+                self._not_finite(f"the loss is {loss} and the gradient norm {norm}") + cure(self.unfired, recipe=recipe)
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:

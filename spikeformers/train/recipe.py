@@ -61,7 +61,7 @@ class Init:
     """Where the weights start: empty for random, else a run folder, a saved model or a checkpoint file."""
 
     backbone: str = ""
-    balance: bool = False  # learnable attention scales from the first training images (attention/balance.py)
+    balance: bool = False  # attention scales that are new and learnable from the first images (attention/balance.py)
 
 
 @dataclass(frozen=True)

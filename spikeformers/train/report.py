@@ -67,7 +67,7 @@ def write_report(run: Path) -> Path:
         reached=reached(agreement) if agreement else "",
         segments=segments(recipe),
         classes=segmentation_report.class_bars(summary),
-        drawn=[(as_png(Image.open(path)), caption) for path, caption in segmentation_report.drawn(run)],
+        drawn=[(as_png(Image.open(path)), caption) for path, caption in segmentation_report.pictures_of(run)],
         engine_note=segmentation_report.engine_note(summary),
         reconstructions=reconstructions(run),
         normalised=recipe.get("pretrain", {}).get("normalise_target", False),

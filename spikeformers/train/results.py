@@ -81,7 +81,7 @@ def segmentation_rows(summary: "SegmentationSummary") -> list[tuple[str, str]]:
         *accuracy_rows(summary),
         *cost_rows(summary),
         *low_bit_rows(summary),
-        ("Integer engine", pixel_agreement(summary.integer_agreement, refused=summary.integer_refused)),
+        ("Integer engine", pixels_agreeing(summary.integer_agreement, refused=summary.integer_refused)),
         ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
     ]
 
@@ -138,7 +138,7 @@ def agreement(found: dict | None) -> str:
     return f"same prediction for {found['same']:,} of {found['total']:,} test images, not for {named}; {reached(found)}"
 
 
-def pixel_agreement(found: dict | None, *, refused: str) -> str:
+def pixels_agreeing(found: dict | None, *, refused: str) -> str:
     """In how many pixels the integer engine gives the same class, or why it does not run."""
     if found is None:
         return f"none: {refused}"

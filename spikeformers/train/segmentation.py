@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spikeformers.data.segmentation import SegmentationSplit
+from spikeformers.deploy import integer
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.evaluate import energy_and_firing
 from spikeformers.train.recipe import Recipe, to_json
@@ -36,9 +37,18 @@ from spikeformers.train.summary import SegmentationSummary, circumstances, weigh
 
 
 def windows_of(recipe: Recipe) -> Windows | None:
-    """The sliding windows that a recipe tests with; None for whole pictures. Raises ValueError for gaps."""
+    """The sliding windows that a recipe tests with; None for whole pictures.
+
+    Raises ValueError for gaps, and for sizes of windows beside whole pictures.
+    """
     chosen = recipe.segmentation
     if chosen.test == "whole":
+        for name in ("crop", "stride"):
+            if value := getattr(chosen, name):
+                raise ValueError(
+                    f"segmentation.{name}={value} is of windows, and segmentation.test=whole has none: leave it out or "
+                    "set segmentation.test=slide"
+                )
         return None
     crop = chosen.crop or recipe.data.size
     stride = chosen.stride or tuple(max(1, 2 * side // 3) for side in crop)
@@ -135,7 +145,9 @@ class SemanticSegmentation:
     def _integer_part(self, model: nn.Module, recipe: Recipe, split: SegmentationSplit) -> dict[str, object]:
         """How many pixels the integer engine gives the same class, or why it does not take this network."""
         try:
-            found = pixel_agreement(model, split, images=recipe.testing.integer_images, windows=self.windows)
+            engine = integer(model, split[0][0][None])
         except ValueError as error:
             return {"integer_agreement": None, "integer_refused": str(error)}
+        images = recipe.testing.integer_images
+        found = pixel_agreement(model, engine, split, images=images, windows=self.windows)
         return {"integer_agreement": found, "integer_refused": ""}

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from spikeformers.data.segmentation_augment import IGNORE
-from spikeformers.deploy import integer
 from spikeformers.train.evaluate import batches_of, drawn, evaluating
 
 Size = tuple[int, int]  # height, width
@@ -89,8 +88,9 @@ def scores_of(
 ) -> Tensor:
     """Scores [B,C,*size] of images [B,C,H,W]: of the whole picture, or averaged over `windows`.
 
-    Scores are made at the image's own size and resized from there, as the papers do. `run`: what computes the output
-    of `model` instead of itself, such as its integer engine.
+    Scores (logits of Semantic FPN, sums over the queries of Spike2Former) are made at the size that the network saw,
+    and these are averaged and resized, as in the papers' code. `run`: what computes the output of `model` instead of
+    itself, such as its integer engine.
     """
     run, whole = run or model, tuple(images.shape[-2:])
     if windows is None:
@@ -147,14 +147,15 @@ def _matrices(predicted: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def pixel_agreement(model: nn.Module, split: Dataset, *, images: int, windows: Windows | None = None) -> dict:
-    """Test the integer engine against the network on `images` pictures of `split` chosen by `drawn` (0: all).
+def pixel_agreement(
+    model: nn.Module, engine: Callable, split: Dataset, *, images: int, windows: Windows | None = None
+) -> dict:
+    """Test a network's integer `engine` against it on `images` pictures of `split` chosen by `drawn` (0: all).
 
-    Gives "same" of "total" pixels with the same class. Raises ValueError if the network has no integer form.
+    Gives "same" of "total" pixels with the same class.
     """
-    engine, same, total = None, 0, 0
+    same, total = 0, 0
     for image, _ in batches_of(split, batch_size=1, images=images):
-        engine = engine or integer(model, image)
         seen = {"size": tuple(image.shape[-2:]), "windows": windows}
         own, other = (scores_of(model, image, **seen, run=run).argmax(1) for run in (model, engine))
         same, total = same + int((own == other).sum()), total + own.numel()

@@ -4,6 +4,7 @@ Paper: Spike2Former, Fig. 3 (mean mask of each query over a test split) and Fig.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,13 +72,13 @@ def draw_samples(model: nn.Module, split: SegmentationSplit, path: Path, *, wind
         scores = scores_of(model, split[index][0][None], size=tuple(truth.shape), windows=windows)
         for labels in (None, truth, scores[0].argmax(0)):
             tile = picture.expand(3, -1, -1) if labels is None else overlay(picture, labels, colours=colours)
-            tiles.append(_fitted(tile))
+            tiles.append(_page_wide(tile))
     height = max(tile.shape[1] for tile in tiles)
     tiles = [F.pad(tile, (0, 0, 0, height - tile.shape[1]), value=255) for tile in tiles]
     _save(to_pil(make_grid(tiles, nrow=3, padding=4, pad_value=255)), path)
 
 
-def _fitted(picture: Tensor) -> Tensor:
+def _page_wide(picture: Tensor) -> Tensor:
     """uint8 [3,H,W] at the width of the page, its ratio kept; small pictures are enlarged without smoothing."""
     height = max(1, round(picture.shape[1] * _WIDTH / picture.shape[2]))
     mode = {"mode": "nearest"} if picture.shape[2] < _WIDTH else {"mode": "bilinear", "antialias": True}
@@ -101,6 +102,14 @@ def draw_queries(model: nn.Module, split: Dataset, path: Path) -> bool:
     return True
 
 
+def placed(points: Tensor, *, stride: int, seen: tuple[int, int], page: tuple[int, int]) -> Tensor:
+    """Points (x, y) [..., 2] of a map, 0 the middle of its first cell, in pixels of a page that shows the picture.
+
+    The last cells of a map may reach beyond the picture that the network has `seen`, which `stride` need not divide.
+    """
+    return (points + 0.5) * stride * torch.tensor([page[1] / seen[1], page[0] / seen[0]])
+
+
 @torch.no_grad()
 def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> bool:
     """Write where the last deformable attention samples for the middle pixel of a test picture to a PNG file.
@@ -111,22 +120,25 @@ def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> boo
     if not attentions:
         return False
     index = drawn(len(split), 1)[0]
+    image = split[index][0]
     inputs: list[Tensor] = []
     handle = attentions[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:
-        model(split[index][0][None])
+        model(image[None])
     finally:
         handle.remove()
     points = attentions[-1].sampling_points(inputs[0])[0]
-    height, width = points.shape[-2:]
+    height, width = cells = tuple(points.shape[-2:])
     chosen = points[..., height // 2, width // 2].flatten(0, 1)
-    picture = _fitted(split.picture(index).expand(3, -1, -1))
-    scale = torch.tensor([picture.shape[2] / width, picture.shape[1] / height])
+    picture = _page_wide(split.picture(index).expand(3, -1, -1))
+    seen = tuple(image.shape[-2:])
+    stride = next(each for each in model.feature_info.strides if (-(-seen[0] // each), -(-seen[1] // each)) == cells)
+    place = partial(placed, stride=stride, seen=seen, page=tuple(picture.shape[-2:]))
     page = to_pil(picture)
     draw = ImageDraw.Draw(page)
-    for x, y in ((chosen + 0.5) * scale).tolist():
+    for x, y in place(chosen).tolist():
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="yellow", outline="black")
-    x, y = (torch.tensor([width // 2, height // 2]) + 0.5).mul(scale).tolist()
+    x, y = place(torch.tensor([width // 2, height // 2])).tolist()
     draw.rectangle((x - 4, y - 4, x + 4, y + 4), outline="red", width=2)
     _save(page, path)
     return True

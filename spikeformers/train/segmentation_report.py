@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spikeformers.train.results import pixel_agreement, short
+from spikeformers.train.results import pixels_agreeing, short
 from spikeformers.train.segmentation_pictures import QUERIES, SAMPLES, SAMPLING
 
 MASK_NEURON = "mask_spikes.neuron"  # of Spike2Former: the last one, whose spikes meet the pixels
@@ -51,7 +51,7 @@ def class_bars(summary: dict | None) -> list[dict]:
     ]
 
 
-def drawn(run: Path) -> list[tuple[Path, str]]:
+def pictures_of(run: Path) -> list[tuple[Path, str]]:
     """The pictures that a run left, with what to say about each."""
     return [(run / name, caption) for name, caption in _CAPTIONS.items() if (run / name).is_file()]
 
@@ -60,7 +60,7 @@ def engine_note(summary: dict | None) -> str:
     """A sentence about the integer engine; empty for other tasks."""
     if "integer_refused" not in (summary or {}):
         return ""
-    return pixel_agreement(summary["integer_agreement"], refused=summary["integer_refused"])
+    return pixels_agreeing(summary["integer_agreement"], refused=summary["integer_refused"])
 
 
 def in_percent(summary: dict | None) -> dict | None:

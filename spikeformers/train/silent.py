@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from spikeformers.data.segmentation import SegmentationData
 from spikeformers.energy.firing import neurons_of
+from spikeformers.train.recipe import Recipe
 from spikeformers.weights.load import few
 
 FIRST = "the first step"
@@ -44,11 +46,17 @@ def described(names: Sequence[str], where: str) -> str:
     return f"silent in {where}: {few(list(names))} ({len(names)} without any spike)"
 
 
-def cure(names: Sequence[str]) -> str:
+def cure(names: Sequence[str], *, recipe: Recipe) -> str:
     """What to add to the complaint about a first step that is not finite, given the neurons silent in it."""
     if not names:
         return ""
-    return (
+    text = (
         f"; {described(names, FIRST)}: batch norms behind them swell gradients, so start from trained weights "
         "(init.backbone), or use larger batches or fewer model.levels"
     )
+    if isinstance(recipe.data, SegmentationData) and not recipe.init.balance:
+        text += (
+            ", or let attention scales start from the pictures (init.balance=true model.options.attention="
+            "sdsa3_learned, and with Spike2Former model.options.attention_scale=learnable)"
+        )
+    return text

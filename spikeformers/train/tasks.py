@@ -30,7 +30,7 @@ from spikeformers.distill import FineGrainedDistillation, cost
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
 from spikeformers.train.parallel import local_bn
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import Distill, FineGrained, Recipe
+from spikeformers.train.recipe import Distill, FineGrained, Recipe, Segmentation
 from spikeformers.train.saved import read_trained
 from spikeformers.train.segmentation import SemanticSegmentation
 from spikeformers.train.summary import finish
@@ -198,6 +198,9 @@ def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
     """The task of a recipe, for a training `split`. Raises ValueError for settings that cannot work together."""
     if isinstance(recipe.data, SegmentationData):
         return SemanticSegmentation(recipe, split=split, device=device)
+    for field, value in asdict(recipe.segmentation).items():
+        if value != getattr(Segmentation(), field):
+            raise ValueError(f"segmentation.{field}={value} is of no use with pictures without masks: leave it out")
     if recipe.pretrain.mask_ratio:
         if recipe.quantize.chosen() is not None or recipe.fgd.teacher:
             raise ValueError(

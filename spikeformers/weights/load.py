@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -204,7 +204,9 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
+def load_backbone(
+    model: nn.Module, source: str | Path, *, options: Callable[[str], Mapping[str, Any]] | None = None
+) -> LoadReport:
     """Start `model` from `source`: a run, a folder of `save_pretrained`, or a checkpoint file (ours or the authors').
 
     Every weight of the source must arrive but for its classifier, which stays out if it has other classes, and for
@@ -212,7 +214,9 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     else (a threshold, a norm) as it was built. Step sizes are computed from the weights where the source has none or is
     known to have been quantised otherwise; scales of branches that the source did not scale are 1.
     A segmenter takes the stages of a classifier, or another segmenter (ours or the authors'); what that lacks of its
-    head is left as built.
+    head is left as built, and a head of another kind stays out.
+    `options`: what a name of the catalogue stands for (zoo.options_of), so that the report compares all that the source
+    was built with; else it only compares what the source overrode.
     Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
     """
     path = Path(source)
@@ -228,6 +232,9 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     segments = isinstance(model, Segmenter)
     if segments and not any(key in own for key in weights):
         weights, dropped = _for_segmenter(model, weights, names=names)
+    elif segments and not any(key in own and _is_head(key) for key in weights):  # of a segmenter with another head
+        dropped = [*filter(_is_head, weights)]
+        weights = {key: value for key, value in weights.items() if not _is_head(key)}
     elif names is not None and not any(key in own and not _is_head(key) for key in weights):
         translated, dropped, unknown = _translated(names, weights)
         weights = _steps_of_other_bits_left_out(model, translated) | {key: weights[key] for key in unknown}
@@ -245,7 +252,7 @@ def load_backbone(model: nn.Module, source: str | Path) -> LoadReport:
     describe = names.describe_widths if names is not None else None
     report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
     _initialise(model, {key for key in report.kept if not (segments and _is_head(key))})
-    return replace(report, differs=_differences(model, stored))
+    return replace(report, differs=_differences(model, stored, options=options))
 
 
 def _for_segmenter(
@@ -312,18 +319,21 @@ def _quantized_otherwise(model: nn.Module, stored: dict[str, Any]) -> bool:
     return bool(theirs and own) and any(theirs.get(field) != own[field] for field in ("bits", "per_channel", "offset"))
 
 
-def _differences(model: nn.Module, stored: dict[str, Any]) -> tuple[str, ...]:
-    """Arguments in a saved model's config.json that `model` has otherwise, though all its weights may fit."""
+def _differences(
+    model: nn.Module, stored: dict[str, Any], *, options: Callable[[str], Mapping[str, Any]] | None
+) -> tuple[str, ...]:
+    """Arguments that a saved model was built with and `model` has otherwise, though all its weights may fit."""
     free = ("steps", "num_classes", "distillation", "bits")
+    built = {} if options is None or "name" not in stored else options(stored["name"])
     overrides = stored.get("overrides", {})
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    values = {**built} | {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
     configs = [model.config]
     if isinstance(model, Segmenter):  # a classifier has all options in one config
         configs += [model.backbone.config, model.config.head]
     own = {
-        name: next((getattr(config, name) for config in configs if hasattr(config, name)), None)
+        name: next(getattr(config, name) for config in configs if hasattr(config, name))
         for name in values
-        if name not in free
+        if name not in free and any(hasattr(config, name) for config in configs)
     }
     found = tuple(f"{name}={own[name]}, there {values[name]}" for name in own if own[name] != values[name])
     if _quantized_otherwise(model, stored):

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from spikeformers.attention import SDDA, balance
+from spikeformers.attention.balance import drive
+from spikeformers.neurons import build_neuron
 from spikeformers.zoo import create_model
 
 SMALL = {
@@ -89,6 +91,23 @@ def test_an_untrained_sdda_attends_to_all_points_and_a_trained_one_is_left_alone
         sdda.attn_conv.bn.bias.fill_(0.25)
     balance(model, images)
     assert sdda.attn_conv.bn.bias.eq(0.25).all()
+
+
+def test_what_is_skipped_keeps_its_scale():
+    model, images = network(4), torch.randn(2, 3, 64, 64)
+    trained = {name for name, _ in model.named_parameters() if name.startswith("backbone.") and name.endswith(".scale")}
+    before = {name: model.get_parameter(name).item() for name in trained}
+    assert balance(model, images, skip=trained) == 4
+    assert {name: model.get_parameter(name).item() for name in trained} == before
+
+
+@pytest.mark.parametrize(
+    ("neuron", "expected"),  # a LIF halves its input, an IE-LIF multiplies it by D, others take it as it is
+    [("lif", 0.3), ("ie_lif", 2.4), ("ni_lif", 0.6), ("i_lif", 0.6), ("gelu", 0.6)],
+)
+def test_the_drive_is_counted_as_the_neuron_charges(neuron, expected):
+    current = torch.tensor([[0.2, 1.0]])
+    assert float(drive(build_neuron(neuron, levels=4), current)) == pytest.approx(expected)
 
 
 def test_fixed_scales_are_not_touched():

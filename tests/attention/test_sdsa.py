@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spikeformers.attention import SDSA, SDSA2, SDSA3, SDSA4
-from spikeformers.layers import ConvBN
+from spikeformers.layers import ConvBN, RepConv
 from spikeformers.neurons import neuron_builder
 
 LIF = neuron_builder("lif")
@@ -69,6 +69,16 @@ def test_sdsa_4_starts_as_sdsa_3_with_one_more_parameter():
     assert torch.equal(three(spikes), out)
     out.sum().backward()
     assert four.attn.threshold.grad is not None
+
+
+def test_spike2formers_sdsa_is_sdsa_3_scaled_by_the_width_of_a_head_with_threshold_one():
+    q, k, v = (torch.randint(0, 2, (2, 4, 4, 5)).float() for _ in range(3))
+    for name, learnt in (("sdsa3_width", False), ("sdsa3_learned", True)):
+        module = SDSA[name](16, neuron=LIF, heads=4)
+        assert torch.equal(module.mix(q, k, v), (v @ k.mT @ q) / 2)
+        assert module.attn.threshold == 1
+        assert type(module.q_conv) is RepConv
+        assert isinstance(module.scale, nn.Parameter) == learnt
 
 
 def test_heads_split_channels_in_contiguous_groups():

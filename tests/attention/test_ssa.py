@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spikeformers.attention import SCALE, SSA, LearnableScaleSSA, spike_attention
+from spikeformers.attention import (
+    SCALE,
+    SSA,
+    LearnableScaleSSA,
+    LearnableWidthScaledSSA,
+    WidthScaledSSA,
+    spike_attention,
+)
 from spikeformers.neurons import neuron_builder
 
 LIF = neuron_builder("lif")
@@ -127,6 +134,17 @@ def test_a_learnable_scale_starts_as_ssa_and_learns():
     assert learnable.scale.grad != 0
 
 
-def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="dim=10, heads=4"):
-        SSA(10, neuron=LIF, heads=4)
+def test_width_scaled_ssa_has_one_over_root_of_a_heads_width_and_threshold_one():
+    q, k, v = (torch.randint(0, 2, (3, 4, 4, 5)).float() for _ in range(3))
+    for kind in (WidthScaledSSA, LearnableWidthScaledSSA):
+        module = kind(16, neuron=LIF, heads=4)
+        assert torch.equal(module.mix(q, k, v), (v @ k.mT @ q) / 2)
+        assert module.attn.threshold == 1
+        assert isinstance(module.scale, nn.Parameter) == (kind is LearnableWidthScaledSSA)
+
+
+@pytest.mark.parametrize("heads", [4, 0])
+def test_heads_that_do_not_divide_are_refused(heads):
+    for kind in (SSA, WidthScaledSSA):
+        with pytest.raises(ValueError, match=f"dim=10, heads={heads}"):
+            kind(10, neuron=LIF, heads=heads)

@@ -169,6 +169,7 @@ def test_what_is_held_is_no_larger_than_what_can_be_drawn():
         (transform_of(short_sides=(8, 20), max_side=24), (16, 24)),
         (transform_of(short_sides=(8, 64)), (32, 48)),
         (transform_of(scale=(0.25, 0.5)), (32, 48)),
+        (transform_of(scale=(0.25, 0.5), frame=Frame(max_side=24)), (32, 48)),  # else shrunk again, by factors of it
     ):
         held = transform.shrink(image, labels)
         assert (tuple(held[0].shape[1:]), tuple(held[1].shape)) == (size, size)

@@ -195,6 +195,8 @@ def test_a_mask_folder_may_have_its_splits_inside_or_none_and_then_every_fifth_i
         draw_labelled(tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", np.full((3, 4), i % 2))
     found = {split: load("maskfolder", tmp_path, split, classes=("a", "b")).names for split in ("train", "test")}
     assert [len(names) for names in found.values()] == [8, 2]
+    with refused(r"split 80 : 20 has no split 'training' with masks: it has train, val, test"):
+        load("maskfolder", tmp_path, "test", test_split="training", classes=("a", "b"))
     assert len({*found["train"], *found["test"]}) == 10
     for i in range(3):
         draw_labelled(tmp_path / f"in/images/train/{i}.png", tmp_path / f"in/masks/train/{i}.png", np.zeros((3, 4)))

@@ -9,6 +9,8 @@ from spikeformers.heads.mask_decoder import (
     DecoderLayer,
     MaskDecoder,
     ReleasedFFN,
+    SoftmaxCrossAttention,
+    SoftmaxSelfAttention,
     SpikeCrossAttention,
     SpikeSelfAttention,
     sine_position,
@@ -74,9 +76,39 @@ def test_self_attention_reads_its_own_queries():
     assert torch.equal(attention(queries, positions), as_memory)
 
 
+def test_softmax_attention_is_its_equation_by_loops_on_real_numbers():
+    attention = awake(SoftmaxCrossAttention(DIM, neuron=nn.GELU, heads=HEADS))
+    queries, positions, memory = double(2, DIM, 1, QUERIES), double(1, DIM, 1, QUERIES), double(2, DIM, 2, 3)
+    seen = {}
+    for name in ("q", "k", "v", "attn"):
+        getattr(attention, name).register_forward_hook(
+            lambda _, __, out, name=name: seen.update({name: out.flatten(2)})
+        )
+    attention(queries, positions, memory, double(1, DIM, 2, 3))
+    assert (seen["q"] < 0).any()
+    width = DIM // HEADS
+    for head in range(HEADS):
+        channels = slice(head * width, (head + 1) * width)
+        for query in range(QUERIES):
+            scores = torch.einsum("bc,bcn->bn", seen["q"][:, channels, query], seen["k"][:, channels]) / DIM**0.5
+            expected = torch.einsum(
+                "bn,bcn->bc", scores.exp() / scores.exp().sum(1, keepdim=True), seen["v"][:, channels]
+            )
+            assert torch.allclose(seen["attn"][:, channels, query], expected, atol=1e-12)
+
+
+def test_softmax_self_attention_reads_its_own_queries():
+    attention = awake(SoftmaxSelfAttention(DIM, neuron=nn.GELU, heads=HEADS))
+    queries, positions = double(2, DIM, 1, QUERIES), double(1, DIM, 1, QUERIES)
+    as_memory = SoftmaxCrossAttention.forward(attention, queries, positions, queries, positions)
+    assert torch.equal(attention(queries, positions), as_memory)
+
+
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=8, heads=3"):
         SpikeCrossAttention(8, neuron=NILIF, heads=3)
+    with pytest.raises(ValueError, match="dim must be a multiple of heads, got dim=8, heads=0"):
+        SpikeCrossAttention(8, neuron=NILIF, heads=0)
 
 
 def test_the_released_ffn_is_the_fixed_one_on_memory_read_in_the_wrong_shape():

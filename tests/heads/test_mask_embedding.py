@@ -94,6 +94,20 @@ def test_each_shortcut_adds_what_its_row_of_table_3_says():
     assert torch.allclose(added["conv"](membrane, spikes), 3 * spikes, rtol=1e-5)  # eps of the norm
 
 
+def test_the_membrane_shortcut_gets_states_as_they_are_not_their_sigmoid():
+    module, states = embedding(MembraneShortcut), 4 * double(2, DIM, 1, QUERIES)
+    for parameter in module.mask_mlp.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(module(states)[1], states.clamp(0, 4).round())
+    assert module(states)[1].max() > 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_spikes_worth_nothing_are_refused(alpha):
+    with pytest.raises(ValueError, match=f"must be above 0, got {alpha}"):
+        embedding(alpha=alpha)
+
+
 @pytest.mark.parametrize(
     ("shortcut", "parameters"),
     [(ConvShortcut, 1 + 5 * 5 + 2 * 5), (SpikeShortcut, 1), (MembraneShortcut, 1), (NoShortcut, 0)],

@@ -78,10 +78,32 @@ def test_the_loss_by_hand_leaves_out_what_is_ignored():
     torch.testing.assert_close(both, (expected + 3 * torch.tensor(3.0).double().log()) / 4)
 
 
-def test_semantic_gives_probabilities_at_any_size():
-    scores = small().semantic(torch.randn(2, 3, 4, 5).double(), (9, 7))
+def test_semantic_gives_logits_at_any_size():
+    logits = torch.randn(2, 3, 4, 5).double()
+    scores = small().semantic(logits, (9, 7))
     assert scores.shape == (2, 3, 9, 7)
-    torch.testing.assert_close(scores.sum(1), torch.ones(2, 9, 7).double())
+    assert torch.equal(scores, torch.nn.functional.interpolate(logits, size=(9, 7), mode="bilinear"))
+    assert scores.min() < 0
+
+
+def test_under_autocast_sums_scores_and_losses_are_of_float32():
+    head, sums = small().float(), {}
+    for name in ("neck.output.0.neuron", "classifier.neuron"):
+        head.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: sums.update({name: args[0].dtype})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head([each.float() for each in maps(2)])
+    assert logits.dtype == torch.bfloat16
+    assert list(sums.values()) == [torch.float32] * 2
+    labels = torch.randint(3, (2, 16, 24))
+    assert head.semantic(logits, (16, 24)).dtype == head.loss(logits, labels).dtype == torch.float32
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_that_is_no_class_is_named(label):
+    with pytest.raises(ValueError, match=f"label {label} is no class of this head: labels are 0 to 2, or 255"):
+        small().loss(torch.zeros(1, 3, 1, 2).double(), torch.tensor([[[1, label]]]))
 
 
 def test_an_unknown_neck_lists_the_known_ones():

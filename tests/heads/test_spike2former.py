@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from spikeformers.heads.mask_decoder import FFN, ReleasedFFN
 from spikeformers.heads.masks import MaskClassification
-from spikeformers.heads.spike2former import Spike2FormerConfig, mask_products
+from spikeformers.heads.spike2former import ANN_TWIN, Spike2FormerConfig, mask_products
 from spikeformers.layers import FeatureInfo
-from spikeformers.neurons import ILIF, NILIF, SigmoidL2, neuron_builder, set_steps
+from spikeformers.neurons import ILIF, NILIF, Neuron, SigmoidL2, neuron_builder, set_steps
+from spikeformers.zoo import create_model
 
 ADE20K = FeatureInfo(("1a", "1b", "2", "3", "4"), (32, 64, 128, 256, 360), (2, 4, 8, 16, 16))
 SMALL = FeatureInfo(("a", "b", "c", "d"), (4, 6, 8, 10), (2, 4, 8, 16))
+NI_LIF = neuron_builder("ni_lif", levels=4)
 TINY = Spike2FormerConfig(
     dim=16,
     queries=5,
@@ -144,8 +146,9 @@ CHANGES = [
     {"mask_shortcut": "none"},
     {"mask_shortcut": "spikes"},
     {"mask_shortcut": "membrane"},
-    {"neuron": "i_lif"},
-    {"neuron": "i_lif", "cross_attention_neuron": "ni_lif"},
+    {"decoder_attention": "softmax"},
+    {"neuron": "i_lif", "alpha": 1.0},
+    {"neuron": "i_lif", "cross_attention_neuron": NI_LIF},
     {"neuron": "ni_lif_const8"},
     {"neuron": "sigmoid_l2"},
 ]
@@ -161,9 +164,30 @@ def test_every_row_of_table_3_trains_a_step(changes):
 
 
 def test_norm_only_in_cross_attention_changes_those_neurons_and_no_other():
-    head = build(neuron="i_lif", cross_attention_neuron="ni_lif")
+    head = build(neuron="i_lif", cross_attention_neuron=NI_LIF)
     kinds = {name: type(module) for name, module in head.named_modules() if isinstance(module, ILIF | NILIF)}
     assert {name for name, kind in kinds.items() if kind is NILIF} == {name for name in kinds if ".cross_attn." in name}
+
+
+@pytest.mark.parametrize("choice", ["fixed", "learnable"])
+def test_scales_of_every_attention_are_learnt_together_the_vanilla_encoders_too(choice):
+    head = build(encoder="vanilla", attention_scale=choice)
+    scales = {name: module.scale for name, module in head.named_modules() if hasattr(module, "scale")}
+    assert len(scales) == 1 + 2 * TINY.decoder_layers
+    assert all(isinstance(each, nn.Parameter) == (choice == "learnable") for each in scales.values())
+    (encoder,) = (torch.as_tensor(each) for name, each in scales.items() if name.startswith("pixel_decoder"))
+    assert encoder.item() == pytest.approx((TINY.dim // 8) ** -0.5)  # eight heads
+
+
+def test_the_ann_twin_has_the_same_layers_and_no_neuron():
+    names = ("dim", "queries", "encoder_layers", "encoder_hidden", "groups", "decoder_layers", "decoder_hidden")
+    sizes = {name: getattr(TINY, name) for name in names} | {"dims": (8, 8, 8, 8)}
+    with torch.device("meta"):
+        spiking = create_model("spike2former_voc", **sizes)
+        ann = create_model("spike2former_voc", **sizes | ANN_TWIN)
+    shapes = [{name: each.shape for name, each in model.state_dict().items()} for model in (spiking, ann)]
+    assert shapes[0] == shapes[1]
+    assert not [name for name, module in ann.named_modules() if isinstance(module, Neuron)]
 
 
 def test_released_and_fixed_layouts_hold_the_same_parameters():
@@ -196,8 +220,16 @@ def test_sigmoid_l2_gives_channels_of_length_one():
         ({"sdda_spikes": "value"}, "sdda_spikes: unknown choice"),
         ({"encoder_query": "multiple"}, "encoder_query: unknown choice 'multiple'; closest: multi"),
         ({"mask_shortcut": "cnov"}, "mask_shortcut: unknown choice"),
-        ({"cross_attention_neuron": "nilif"}, "unknown neuron 'nilif'"),
+        ({"cross_attention_neuron": "ni_lif"}, "takes a builder, got cross_attention_neuron='ni_lif'"),
+        ({"decoder_attention": "sotfmax"}, "decoder_attention: unknown choice 'sotfmax'; closest: softmax"),
         ({"layout": "released", "sdda_spikes": "query"}, "no released layout"),
+        ({"layout": "released", "encoder": "vanilla"}, "layout='released' is of encoder='sdte', got encoder='vanilla'"),
+        ({"encoder": "none", "encoder_query": "multi"}, "not with encoder='none'"),
+        ({"encoder": "vanilla", "sdda_projection": "linear"}, "sdda_projection='linear' is of encoder='sdte'"),
+        ({"encoder": "none", "sdda_query": "plain"}, "sdda_query='plain' is of encoder='sdte'"),
+        ({"encoder": "vanilla", "sdda_spikes": "query"}, "sdda_spikes='query' is of encoder='sdte'"),
+        ({"alpha": 0.0}, "must be above 0, got 0.0"),
+        ({"decoder_heads": 0}, "dim must be a multiple of heads, got dim=16, heads=0"),
         ({"encoder_hidden": 20}, "encoder_hidden must be a multiple of dim=16, got 20"),
         ({"queries": 0}, "queries must be at least 1, got 0"),
     ],

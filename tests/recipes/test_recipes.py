@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,9 +7,9 @@ import torch
 from spikeformers import create_model
 from spikeformers.neurons import Neuron
 from spikeformers.quantize import LSQLayer, prepare
-from spikeformers.recipes import RECIPES, get
+from spikeformers.recipes import RECIPES, get, spike2former
 from spikeformers.train.optimise import peak_rate
-from spikeformers.train.recipe import from_json, to_json
+from spikeformers.train.recipe import from_json, override, to_json
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -123,3 +124,91 @@ def test_a_twin_has_the_layers_of_its_student_in_float():
         assert [type(each).__name__ for each in ann.modules() if isinstance(each, Neuron | LSQLayer)] == []
         own = {key: value.shape for key, value in spiking.state_dict().items() if not key.endswith(".alpha")}
         assert own == {key: value.shape for key, value in ann.state_dict().items()}
+
+
+def steps_of(recipe, *, pictures: int, processes: int) -> int:
+    """Optimiser steps of a whole run over so many training pictures."""
+    return recipe.epochs * (pictures // (recipe.batch_size * recipe.accumulate * processes))
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "batch", "rate", "iterations", "size"),
+    [
+        ("ade20k", 20_210, 48, 2e-4, 160_000, (512, 512)),
+        ("cityscapes", 2_975, 64, 2e-3, 90_000, (512, 1024)),
+        ("voc", 1_464, 64, 2e-3, 80_000, (512, 512)),
+        ("voc_aug", 10_582, 64, 2e-3, 80_000, (512, 512)),
+    ],
+)
+def test_spike2former_recipes_hold_the_numbers_of_table_2(name, pictures, batch, rate, iterations, size):
+    recipe = get(f"spike2former_{name}")
+    optim = recipe.optim
+    assert (8 * recipe.batch_size, optim.lr, optim.lr_batch, recipe.data.size) == (batch, rate, 0, size)
+    steps = steps_of(recipe, pictures=pictures, processes=8)
+    assert steps == pytest.approx(iterations, rel=0.005)  # whole epochs
+    assert optim.warmup_epochs * (pictures // batch) == pytest.approx(1500)
+    assert (optim.schedule, optim.min_lr, optim.warmup_lr, optim.clip_grad) == ("poly", 0.0, 1e-6, 0.01)
+    assert (optim.weight_decay, optim.decay_1d, optim.rates) == (0.005, True, {"backbone": 0.1})
+    assert optim.undecayed == ("query_features", "query_positions", "level_embeddings")
+    assert (recipe.model.neuron, recipe.model.levels, recipe.model.steps) == ("ni_lif", 4, 1)
+    one_card = dataclasses.replace(recipe, accumulate=8)  # what the file's header says
+    assert steps_of(one_card, pictures=pictures, processes=1) == steps
+
+
+def test_spike2former_draws_short_sides_on_ade20k_and_cityscapes_and_scales_on_voc():
+    ade20k, cityscapes, voc, aug = (
+        get(f"spike2former_{name}").data for name in ("ade20k", "cityscapes", "voc", "voc_aug")
+    )
+    sides = ade20k.augment.short_sides
+    assert (sides[0], sides[1], sides[-1], len(sides), ade20k.augment.max_side) == (320, 384, 1280, 16, 2560)
+    assert (ade20k.short_side, ade20k.max_side) == (512, 2048)
+    sides = cityscapes.augment.short_sides
+    assert (sides[0], sides[1], sides[-1], len(sides), cityscapes.augment.max_side) == (512, 614, 2048, 16, 4096)
+    assert (cityscapes.short_side, cityscapes.max_side) == (1024, 2048)
+    assert (voc.augment.scale, voc.augment.short_sides, voc.short_side) == ((0.5, 2.0), (), 512)
+    for data in (ade20k, cityscapes, voc):
+        assert (data.augment.flip, data.augment.distort, data.augment.cat_max_ratio) == (0.5, 0.5, 0.75)
+    assert (voc.train_split, aug.train_split) == ("", "trainaug")
+    assert dataclasses.replace(aug, train_split="") == voc
+
+
+def test_spike2former_starts_from_the_classifier_that_its_header_trains():
+    recipe = get("spike2former_ade20k")
+    command = next(line for line in spike2former.__doc__.splitlines() if line.endswith(f"--out {recipe.init.backbone}"))
+    backbone = get("meta_spikeformer_15m_imagenet")
+    for change in command.split(" --set ")[1].split(" --out ")[0].split():
+        backbone = override(backbone, *change.split("=", 1))
+    with torch.device("meta"):
+        models = [create_model(each.model.name, **each.model.overrides()) for each in (recipe, backbone)]
+    assert models[0].backbone.config.attention == models[1].config.attention == "sdsa3_width"
+    assert recipe.model.neuron == backbone.model.neuron
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures", "iterations", "decay", "rates"),
+    [
+        ("meta_spikeformer_15m_fpn_ade20k", 20_210, 160_000, 0.005, {"head": 2.0}),
+        ("meta_spikeformer_55m_fpn_ade20k", 20_210, 160_000, 0.05, {"head": 2.0}),
+        ("meta_spikeformer_15m_fpn_voc", 1_464, 80_000, 0.005, {"head": 2.0}),
+        ("meta_spikeformer_55m_fpn_voc_aug", 10_582, 80_000, 0.05, {"head": 2.0}),
+        ("qsd_transformer_t_fpn_ade20k", 20_210, 160_000, 0.005, {"head.classifier": 2.0}),
+    ],
+)
+def test_semantic_fpn_recipes_hold_the_papers_numbers(name, pictures, iterations, decay, rates):
+    recipe = get(name)
+    optim = recipe.optim
+    assert (4 * recipe.batch_size, recipe.data.size, recipe.data.augment.scale) == (20, (512, 512), (0.5, 2.0))
+    assert steps_of(recipe, pictures=pictures, processes=4) == pytest.approx(iterations, rel=0.005)
+    assert optim.warmup_epochs * (pictures // 20) == pytest.approx(1500)
+    assert (optim.lr, optim.lr_batch, optim.schedule, optim.decay_1d) == (1e-3, 0, "poly", True)
+    assert (optim.weight_decay, optim.rates) == (decay, rates)
+    with torch.device("meta"):
+        model = create_model(recipe.model.name, **recipe.model.overrides())
+    assert all(model.get_submodule(part) is not None for part in optim.rates)
+
+
+def test_semantic_fpn_at_four_steps_starts_from_one_step():
+    first, fourth = get("meta_spikeformer_55m_fpn_voc_aug"), get("meta_spikeformer_55m_fpn_voc_aug_t4")
+    assert fourth.init.backbone == f"runs/{first.name}"
+    assert (first.model.steps, fourth.model.steps, fourth.optim.lr) == (1, 4, 1e-4)
+    assert fourth.data == first.data

@@ -11,10 +11,11 @@ from rich.console import Console
 from torch import nn
 
 from spikeformers.data.splits import load_split
+from spikeformers.deploy import integer
 from spikeformers.train import optimise
 from spikeformers.train.evaluate import batches_of
-from spikeformers.train.loop import build_model, train
-from spikeformers.train.recipe import Init, Optim, Saving, Segmentation
+from spikeformers.train.loop import _check_folder, _Work, build_model, train
+from spikeformers.train.recipe import Init, Optim, Saving, Segmentation, to_json
 from spikeformers.train.seeds import train_seeds
 from spikeformers.train.segmentation import SemanticSegmentation, windows_of
 from spikeformers.train.segmentation_evaluate import (
@@ -113,6 +114,8 @@ def test_windows_take_the_training_crop_and_refuse_gaps(segmenting):
     assert windows_of(segmenting(segmentation=chosen)) == Windows((16, 24), (8, 8))
     with pytest.raises(ValueError, match=r"segmentation\.stride=\(8, 30\) leaves gaps.*\(16, 24\)"):
         windows_of(segmenting(segmentation=Segmentation(test="slide", crop=(16, 24), stride=(8, 30))))
+    with pytest.raises(ValueError, match=r"segmentation\.stride=\(8, 8\) is of windows.*segmentation\.test=slide"):
+        windows_of(segmenting(segmentation=Segmentation(stride=(8, 8))))
 
 
 def test_a_rare_class_weighs_more_by_hand():
@@ -160,7 +163,7 @@ def test_a_training_ends_in_a_summary_that_its_network_reaches_again(segmenting,
     again = evaluate_segmentation(model, batches_of(split, batch_size=2))
     assert again.confusion.tolist() == summary.confusion
     assert again.miou == summary.miou
-    assert summary.integer_agreement == pixel_agreement(model, split, images=2)
+    assert summary.integer_agreement == pixel_agreement(model, integer(model, split[0][0][None]), split, images=2)
     assert summary.integer_agreement["same"] > 0.9 * summary.integer_agreement["total"]  # 8-bit weights
     assert (tmp_path / "run" / "segmentation.png").is_file()
 
@@ -199,7 +202,76 @@ def test_a_segmenter_starts_from_a_classifier_and_from_a_segmenter(segmenting, t
     train(recipe, run=tmp_path / "first", console=Console(file=text, width=1000))
     assert "init.backbone: loaded" in text.getvalue()
     assert "head.weight" in text.getvalue()  # the classifier is dropped, and that is said
-    train(segmenting(epochs=1, init=Init(backbone=str(tmp_path / "first"))), run=tmp_path / "second")
+    first = from_pretrained(tmp_path / "first" / "model").state_dict()
+    again = segmenting(init=Init(backbone=str(tmp_path / "first")))
+    work = _Work(again, tmp_path / "second", Accelerator())
+    assert all(torch.equal(tensor, first[key]) for key, tensor in work.plain.state_dict().items())
+    (note,) = work.notes
+    assert f"loaded {len(first)} tensors" in note
+    assert "left as initialised" not in note
+
+
+LEARNABLE = {
+    "dim": 16,
+    "queries": 6,
+    "encoder_layers": 1,
+    "encoder_hidden": 32,
+    "groups": 4,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "decoder_hidden": 32,
+    "heads": 2,
+    "attention": "sdsa3_learned",
+    "attention_scale": "learnable",
+}
+
+
+def test_balancing_leaves_scales_that_came_trained(segmenting, tmp_path):
+    """Spike2Former on the backbone of a Semantic FPN, whose head stays out: only the new head's scales are set."""
+    fpn = segmenting()
+    fpn = dataclasses.replace(
+        fpn, model=dataclasses.replace(fpn.model, options=fpn.model.options | {"attention": "sdsa3_learned"})
+    )
+    source = build_model(fpn, num_classes=3, in_channels=3)
+    scales = [name for name, _ in source.named_parameters() if name.endswith(".scale")]
+    assert len(scales) == 2
+    for number, name in enumerate(scales):
+        torch.nn.init.constant_(source.get_parameter(name), 0.25 + number)
+    source.save_pretrained(tmp_path / "fpn")
+    choice = dataclasses.replace(fpn.model, name="spike2former_ade20k", options=LEARNABLE)
+    init = Init(backbone=str(tmp_path / "fpn"), balance=True)
+    work = _Work(segmenting(model=choice, init=init), tmp_path / "run", Accelerator())
+    assert [work.plain.get_parameter(name).item() for name in scales] == [0.25, 1.25]
+    loaded, balanced = work.notes
+    assert "dropped from the file: head." in loaded
+    new = [name for name, _ in work.plain.named_parameters() if name.endswith(".scale") and name not in scales]
+    assert f"init.balance: {len(new)} attention scales start" in balanced
+    assert balanced.endswith("; 2 of init.backbone stay as trained")
+
+
+def test_a_run_may_be_tested_otherwise_when_it_is_resumed(segmenting, tmp_path):
+    for name, content in (("recipe.json", to_json(segmenting())), ("summary.json", {})):
+        (tmp_path / name).write_text(json.dumps(content))
+    windows = Segmentation(test="slide", crop=(16, 16), stride=(16, 16))
+    _check_folder(segmenting(segmentation=windows), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"cannot be resumed: segmentation\.class_weights"):
+        _check_folder(segmenting(segmentation=Segmentation(class_weights=1.0)), tmp_path, resume=True)
+
+
+def test_only_an_engine_that_cannot_be_built_is_a_refusal(segmenting, monkeypatch):
+    recipe = segmenting()
+    split = load_split(recipe.data, "test")
+    task = SemanticSegmentation(recipe, split=split, device=CPU)
+
+    def refusing(*_):
+        raise ValueError("no layer reads spikes")
+
+    monkeypatch.setattr("spikeformers.train.segmentation.integer", refusing)
+    refused = task._integer_part(Painter(), recipe, split)
+    assert refused == {"integer_agreement": None, "integer_refused": "no layer reads spikes"}
+    monkeypatch.setattr("spikeformers.train.segmentation.integer", lambda *_: refusing)
+    with pytest.raises(ValueError, match="no layer reads spikes"):  # an error while it runs is an error
+        task._integer_part(Painter(), recipe, split)
 
 
 def test_neurons_that_never_fire_are_named_once(segmenting, tmp_path):
@@ -213,7 +285,8 @@ def test_neurons_that_never_fire_are_named_once(segmenting, tmp_path):
 
 def test_a_first_step_that_is_not_finite_names_silent_neurons_and_a_cure(segmenting, tmp_path, monkeypatch):
     monkeypatch.setattr("spikeformers.train.loop.gradient_norm", lambda *_, **__: torch.tensor(torch.inf))
-    with pytest.raises(ValueError, match=r"the gradient norm inf.*silent in the first step: \S+.*init\.backbone"):
+    cure = r"init\.backbone.*init\.balance=true model\.options\.attention=sdsa3_learned.*attention_scale=learnable"
+    with pytest.raises(ValueError, match=rf"the gradient norm inf.*silent in the first step: \S+.*{cure}"):
         train(segmenting(), run=tmp_path / "run")
 
 
@@ -224,6 +297,9 @@ def test_class_weights_and_classifiers_settings_that_cannot_work_are_refused(seg
     task = build_task(segmenting(), split=split, device=CPU)
     with pytest.raises(ValueError, match="MetaSpikeFormer gives a class to pictures, not to pixels"):
         task.wrap(build_model(tiny(), num_classes=3, in_channels=3))
+    weighted = tiny(segmentation=Segmentation(class_weights=0.5))
+    with pytest.raises(ValueError, match=r"segmentation\.class_weights=0\.5 is of no use with pictures without masks"):
+        build_task(weighted, split=load_split(weighted.data, "train"), device=CPU)
     with pytest.raises(ValueError, match=r"segmentation\.class_weights must lie between 0 .*got 2"):
         Segmentation(class_weights=2.0)
     with pytest.raises(ValueError, match=r"segmentation\.crop must be a height and a width.*\(16,\)"):

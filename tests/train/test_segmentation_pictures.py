@@ -13,6 +13,7 @@ from spikeformers.train.segmentation_pictures import (
     draw_samples,
     draw_sampling,
     overlay,
+    placed,
     shares_of,
     with_legend,
 )
@@ -54,6 +55,12 @@ def test_pictures_of_queries_and_sampling_are_drawn_where_the_head_has_them(segm
     assert Image.open(tmp_path / "queries.png").size == (10 * 66 + 2, 2 * 66 + 2)  # 12 queries, ten a row
     draw_samples(queries, split, tmp_path / "samples.png")
     assert Image.open(tmp_path / "samples.png").width == 3 * 324 + 4
+
+
+def test_sampling_points_go_by_the_stride_where_it_does_not_divide_the_picture():
+    """180 rows seen by 12 cells of 16: the middle of the map is row 96 of 180, on a page of 90 row 48."""
+    middle = placed(torch.tensor([7.0, 5.5]), stride=16, seen=(180, 240), page=(90, 120))
+    assert middle.tolist() == [(7.5 * 16) / 2, 48.0]
 
 
 def test_the_report_lists_classes_best_first_with_their_colours():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from spikeformers.weights import load_backbone, load_official, load_strict, read_checkpoint
 from spikeformers.weights.meta_spikeformer import LAYERS, STAGES, describe_widths, own_key
-from spikeformers.zoo import create_model, from_pretrained, import_checkpoint
+from spikeformers.zoo import create_model, from_pretrained, import_checkpoint, options_of
 
 TINY = {"dims": (8, 16, 32, 40), "num_classes": 10}
 
@@ -255,3 +255,29 @@ def test_a_segmenter_built_otherwise_than_its_source_says_so(tmp_path):
     assert load_backbone(segmenter_of(), tmp_path).differs == ("heads=8, there 4",)
     with pytest.raises(ValueError, match="another shape"):
         load_backbone(segmenter_of(dims=(8, 16, 32, 48)), tmp_path)
+
+
+def spike2former_of(**overrides) -> torch.nn.Module:
+    sizes = {"dim": 16, "queries": 6, "encoder_layers": 1, "decoder_layers": 1, "groups": 4, "decoder_heads": 2}
+    return create_model("spike2former_voc", **(sizes | {"dims": TINY["dims"], "num_classes": 5} | overrides))
+
+
+def test_what_the_catalogue_gave_the_source_is_compared_too(tmp_path):
+    """sdsa3 scales by 1/8 with thresholds of 1/2, sdsa3_width by head width: weights fit, and mean something else."""
+    model_of(neuron="ni_lif").save_pretrained(tmp_path / "model")
+    assert load_backbone(spike2former_of(), tmp_path).differs == ()  # no catalogue, nothing overridden
+    found = load_backbone(spike2former_of(), tmp_path, options=options_of).differs
+    assert found == ("attention=sdsa3_width, there sdsa3",)
+    model_of(neuron="ni_lif", attention="sdsa3_width").save_pretrained(tmp_path / "model")
+    assert load_backbone(spike2former_of(), tmp_path, options=options_of).differs == ()
+
+
+def test_a_head_of_another_kind_stays_out(tmp_path):
+    source, model = segmenter_of(num_classes=5), spike2former_of()
+    source.save_pretrained(tmp_path / "model")
+    head = values(model.head)
+    report = load_backbone(model, tmp_path)
+    assert unchanged(model.backbone, values(source.backbone))
+    assert unchanged(model.head, head)
+    assert set(report.dropped) == {f"head.{key}" for key in source.head.state_dict()}
+    assert set(report.kept) == {f"head.{key}" for key in head}

@@ -66,7 +66,9 @@ def make(
     ground: dict[str, object] | None = None,
 ) -> None:
     """Make the tables that were asked for, print them, and write --json. `ground`: what all rows share."""
-    command = ["python", f"benchmarks/{script}.py", *options.tables, "--images", str(options.images)]
+    settings = {name: value for name, value in vars(options).items() if name not in ("tables", "runs", "json")}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = ["python", f"benchmarks/{script}.py", *options.tables, *words]
     result = {
         "command": shlex.join(command),
         "hardware": hardware(),

@@ -109,7 +109,11 @@ class ScaledAttention(SpikeAttention):
         scale: float | None = None,
     ) -> None:
         super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj)
-        self.scale = self.started_at(self.default_scale if scale is None else scale)
+        self.scale = self.started_at(self.usual_scale(dim // heads) if scale is None else scale)
+
+    def usual_scale(self, width: int) -> float:
+        """The scale for heads of this width, if none is asked for."""
+        return self.default_scale
 
 
 class SSA(ScaledAttention):
@@ -133,17 +137,8 @@ class LearnableScaleSSA(SSA):
 class WidthScaledSSA(SSA):
     """SSA with scale K^(-1/2) for head width K and threshold 1, as everywhere in Spike2Former."""
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        neuron: NeuronBuilder,
-        heads: int = 8,
-        qkv: Projection | None = None,
-        proj: Projection | None = None,
-    ) -> None:
-        super().__init__(dim, neuron=neuron, heads=heads, qkv=qkv, proj=proj)
-        self.scale = self.started_at((dim // heads) ** -0.5)
+    def usual_scale(self, width: int) -> float:
+        return width**-0.5
 
     def mixed_neuron(self, *, neuron: NeuronBuilder) -> nn.Module:
         return neuron()

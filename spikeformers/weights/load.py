@@ -80,13 +80,13 @@ class LoadReport:
 
 
 class _Unread:
-    """Stands for an object of a pickle that holds no tensors of a network: takes everything, does nothing."""
+    """Stands for an object of a pickle that holds no tensors of a network."""
 
     def __init__(self, *content: object) -> None:
-        pass
+        """Whatever it was built from is forgotten."""
 
     def __setstate__(self, state: object) -> None:
-        pass
+        """And so is what it held."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

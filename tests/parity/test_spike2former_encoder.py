@@ -44,7 +44,7 @@ def load(module: nn.Module, theirs: dict[str, Tensor]) -> nn.Module:
 
 
 def starting(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value.double() for key, value in arrays.items() if key.startswith(prefix)}
 
 
 def as_map(x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def test_all_tensors_of_a_file_arrive_and_the_report_says_what_it_cannot_know(so
 
 def test_a_loaded_head_computes_the_authors_numbers(keys, pytestconfig):
     arrays = load_file(pytestconfig.rootpath / "tests" / "parity" / "spike2former_head.safetensors")
-    case = {key.removeprefix("head_small_D4_T1/"): value for key, value in arrays.items() if "head_small" in key}
+    case = {key.removeprefix("head_small_D4_T1/"): each.double() for key, each in arrays.items() if "head_small" in key}
     sizes = {"dims": (8, 16, 24, 20), "heads": 4, "queries": 10, "encoder_hidden": 32, "decoder_layers": 3}
     model = model_of(**sizes, decoder_hidden=64)
     head = {f"decode_head.{key[2:]}": value.float() for key, value in case.items() if key.startswith("w.")}

@@ -1,5 +1,7 @@
 """Heads for dense prediction, each with its loss; they know the shapes of feature maps, never a backbone."""
 
+from spikeformers.heads.detections import Detections, Target
+from spikeformers.heads.detector import Detector, DetectorConfig
 from spikeformers.heads.masks import IGNORE, MaskClassification
 from spikeformers.heads.segmenter import Segmenter, SegmenterConfig
 from spikeformers.heads.semantic_fpn import SemanticFPN, SemanticFPNConfig
@@ -7,6 +9,9 @@ from spikeformers.heads.spike2former import Spike2FormerConfig, Spike2FormerHead
 
 __all__ = [
     "IGNORE",
+    "Detections",
+    "Detector",
+    "DetectorConfig",
     "MaskClassification",
     "Segmenter",
     "SegmenterConfig",
@@ -14,4 +19,5 @@ __all__ = [
     "SemanticFPNConfig",
     "Spike2FormerConfig",
     "Spike2FormerHead",
+    "Target",
 ]

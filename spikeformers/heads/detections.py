@@ -1,0 +1,78 @@
+"""What detectors are taught and what they give: boxes with classes, and masks where a network draws them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, NotRequired, TypedDict
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchvision.ops import box_area, clip_boxes_to_image
+
+
+class Detections(NamedTuple):
+    """What was found in one image, the most certain first.
+
+    `boxes`: x and y of two corners, in pixels of the network's input.  `labels`: classes, from 0.  `masks`:
+    probabilities at the size of the input, or None.
+    """
+
+    boxes: Float[Tensor, "N 4"]
+    scores: Float[Tensor, " N"]
+    labels: Int64[Tensor, " N"]
+    masks: Float[Tensor, "N H W"] | None = None
+
+
+class Target(TypedDict):
+    """What is in one image.
+
+    `boxes` [N, 4]: x and y of two corners, in pixels of the network's input.  `labels` int64 [N]: classes, from 0.
+    `size` int64 [2]: height and width of the picture, which lies at the top left of its batch's padding.  `crowd` bool
+    [N]: groups too dense to be told apart, which are neither learnt nor held against a network.  `masks` bool
+    [N, H, W]: at the size of the input.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    size: Tensor
+    crowd: Tensor
+    masks: NotRequired[Tensor]
+
+
+def check_targets(targets: Sequence[Target], *, images: Tensor, num_classes: int) -> None:
+    """Raises ValueError, with the place and the cure, for targets that do not fit `images` [B, C, H, W]."""
+    if len(targets) != len(images):
+        raise ValueError(f"{len(images)} images came with {len(targets)} targets: give one for each image")
+    for index, target in enumerate(targets):
+        boxes, labels, count = target["boxes"], target["labels"], len(target["labels"])
+        if boxes.shape != (count, 4) or target["crowd"].shape != (count,):
+            raise ValueError(
+                f"target {index} has {count} labels, boxes of shape {tuple(boxes.shape)} and crowd of shape "
+                f"{tuple(target['crowd'].shape)}: {count} labels need boxes ({count}, 4) and crowd ({count},)"
+            )
+        if not boxes.isfinite().all():
+            raise ValueError(f"target {index} has a box with a number that is not finite: {boxes.tolist()}")
+        if count and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ValueError(
+                f"target {index} has labels {int(labels.min())} to {int(labels.max())}, and this network tells "
+                f"{num_classes} classes apart, from 0: map them, or build it with num_classes={int(labels.max()) + 1}"
+            )
+        if "masks" in target and target["masks"].shape != (count, *images.shape[2:]):
+            raise ValueError(
+                f"target {index} has masks of shape {tuple(target['masks'].shape)}: {count} boxes in images of "
+                f"{tuple(images.shape[2:])} need ({count}, {images.shape[2]}, {images.shape[3]})"
+            )
+
+
+def usable(target: Target) -> Target:
+    """The part of a target that can be learnt: boxes clipped to the picture, without crowds and boxes of no area."""
+    height, width = target["size"].tolist()
+    boxes = clip_boxes_to_image(target["boxes"], (height, width))
+    kept = (box_area(boxes) > 0) & ~target["crowd"]
+    chosen: Target = {
+        "boxes": boxes[kept],
+        "labels": target["labels"][kept],
+        "size": target["size"],
+        "crowd": target["crowd"][kept],
+    }
+    if "masks" in target:
+        chosen["masks"] = target["masks"][kept]
+    return chosen

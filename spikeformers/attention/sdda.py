@@ -5,7 +5,7 @@ The G groups share a map's channels; K = 9 points start at the pixels of the 3x3
 the attention weights A are spikes, not softmax, so that sampled values are added up where A fires. The bilinear taps
 in front of that are products of real numbers (in `SpikingQuerySDDA` the weights are, too).
 Departures from the paper: W_g and W'_g are an ESC in front and one behind, as in the authors' code (Eq. 5 names one).
-`ReleasedSDDA` keeps the slips of the authors' code, for their checkpoints.
+`ReleasedSDDA` keeps the slips of the authors' code, for their checkpoints; `SoftmaxSDDA` is the ordinary form.
 """
 
 from functools import partial
@@ -165,6 +165,20 @@ class SpikingQuerySDDA(SDDA):
 
     def operands(self, *, neuron: NeuronBuilder) -> tuple[nn.Module, nn.Module]:
         return neuron(), nn.Identity()
+
+
+class SoftmaxSDDA(SDDA):
+    """The ordinary form, as in Deformable DETR: the weights of a group's points are a softmax. For the ANN twin."""
+
+    def operands(self, *, neuron: NeuronBuilder) -> tuple[nn.Module, nn.Module]:
+        return nn.Identity(), PointSoftmax()
+
+
+class PointSoftmax(nn.Module):
+    """Currents [TB, G*9, H, W] -> weights that add up to 1 over the points of each group."""
+
+    def forward(self, currents: Real[Tensor, "TB Gk H W"]) -> Real[Tensor, "TB Gk H W"]:
+        return currents.unflatten(1, (-1, POINTS)).softmax(2).flatten(1, 2)
 
 
 class ReleasedSDDA(SDDA):

@@ -17,7 +17,15 @@ from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
 from spikeformers.attention import LearnableWidthScaledSSA, WidthScaledSSA, learnable
-from spikeformers.attention.sdda import SDDA, WIDE_ESC, DepthwiseQuery, ReleasedSDDA, SpikeQuery, SpikingQuerySDDA
+from spikeformers.attention.sdda import (
+    SDDA,
+    WIDE_ESC,
+    DepthwiseQuery,
+    ReleasedSDDA,
+    SoftmaxSDDA,
+    SpikeQuery,
+    SpikingQuerySDDA,
+)
 from spikeformers.heads.mask_decoder import (
     FFN,
     DecoderLayer,
@@ -126,6 +134,7 @@ ENCODER_MLPS = {"fixed": SpikeMLP, "released": ReleasedSpikeMLP}
 SDDA_OF = {
     ("fixed", "weights"): SDDA,
     ("fixed", "query"): SpikingQuerySDDA,
+    ("fixed", "none"): SoftmaxSDDA,
     ("released", "weights"): ReleasedSDDA,
 }
 SDDA_PROJECTIONS = {"esc": WIDE_ESC, "linear": Pointwise}
@@ -138,8 +147,9 @@ class Spike2FormerConfig:
 
     `layout`: "fixed", or "released" with every slip of the authors' code, for their checkpoints.
     `encoder`: sdte, vanilla (spiking self-attention) or none.  `sdda_projection`: esc or linear.  `sdda_query`: dw_conv
-    or plain.  `sdda_spikes`: the attention "weights" are spikes, or the sampled "query" is.  `encoder_query`: the
-    "single" coarsest map is encoded, or "multi", all that the decoder reads.
+    or plain.  `sdda_spikes`: the attention "weights" are spikes, or the sampled "query" is, or "none", where
+    weights are a softmax.  `encoder_query`: the "single" coarsest map is encoded, or "multi", all that the decoder
+    reads.
     `mask_shortcut`: conv, none, spikes (without its convolution) or membrane.
     `alpha`: what spikes inside the mask embedding are multiplied by; D undoes the norm of NI-LIF, and for I-LIF, which
     has none, take 1.
@@ -237,9 +247,11 @@ class Spike2FormerConfig:
             raise ValueError(f"encoder_hidden must be a multiple of dim={self.dim}, got {self.encoder_hidden}")
         ratio = self.encoder_hidden // self.dim
         mlp = choose("layout", self.layout, ENCODER_MLPS)
-        choose("sdda_spikes", self.sdda_spikes, {"weights": None, "query": None})
+        choose("sdda_spikes", self.sdda_spikes, dict.fromkeys(("weights", "query", "none")))
         if (self.layout, self.sdda_spikes) not in SDDA_OF:
-            raise ValueError("sdda_spikes='query' is not in the authors' code and has no released layout: use 'fixed'")
+            raise ValueError(
+                f"sdda_spikes={self.sdda_spikes!r} is not in the authors' code and has no released layout: use 'fixed'"
+            )
         attention = partial(
             SDDA_OF[self.layout, self.sdda_spikes],
             groups=self.groups,
@@ -277,8 +289,10 @@ class Spike2FormerConfig:
 ANN_TWIN = {
     "neuron": "gelu",
     "attention": "softmax",
+    "sdda_spikes": "none",
     "decoder_attention": "softmax",
     "attention_scale": "fixed",
+    "alpha": 1.0,
     "steps": 1,
 }
 """Overrides that make any Spike2Former an ordinary network of the same layers, with GELU and softmax attention."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spikeformers.attention import (
     SDDA,
     ReleasedSDDA,
+    SoftmaxSDDA,
     SpikeQuery,
     SpikingQuerySDDA,
     deformable_sampling,
@@ -22,6 +23,11 @@ from spikeformers.layers import Pointwise
 from spikeformers.neurons import neuron_builder
 
 NI_LIF = neuron_builder("ni_lif")
+
+
+def unchanged(dim: int, *, neuron: object) -> nn.Module:
+    """No projection."""
+    return nn.Identity()
 
 
 def operands(size: tuple[int, int], *, groups: int = 2, spread: float = 2.0, dtype=torch.float64) -> list[Tensor]:
@@ -173,6 +179,16 @@ def test_spiking_in_query_makes_the_values_spikes_and_not_the_weights():
     assert spikes["value"].shape == (2, 8, 4, 5)
     assert spikes["value"].any()
     assert "attn" not in spikes
+
+
+def test_softmax_weights_start_equal_and_add_up_to_one():
+    layer = SoftmaxSDDA(4, neuron=partial(nn.GELU), groups=2, proj=unchanged).double().eval()
+    u = torch.ones(1, 4, 4, 4, dtype=torch.float64)
+    assert torch.allclose(layer(u)[:, :, 1:-1, 1:-1], u[:, :, 1:-1, 1:-1])
+    nn.init.normal_(layer.attn_conv.conv.weight)
+    weights = layer.attn(layer.attn_conv(layer.query(torch.randn_like(u)))).unflatten(1, (2, 9))
+    assert torch.allclose(weights.sum(2), torch.ones(1, dtype=torch.float64))
+    assert weights.std(2).min() > 0
 
 
 def test_both_layouts_agree_on_one_pixel_and_only_there():

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # it brings torch and accelerate, which a list of models does not need
-    from spikeformers.train.summary import AnySummary, PretrainSummary, SegmentationSummary, Summary
+    from spikeformers.train.summary import AnySummary, FinishedTask, PretrainSummary, SegmentationSummary, Summary
 
 NAMED = 5  # test images named one by one on a line
 EXTREMES = 3  # best classes, and worst ones
@@ -100,7 +100,7 @@ def _named(ious: Sequence[tuple[float, str]]) -> str:
     return ", ".join(f"{name} {100 * iou:.1f} %" for iou, name in ious)
 
 
-def cost_rows(summary: "Summary | SegmentationSummary") -> list[tuple[str, str]]:
+def cost_rows(summary: "FinishedTask") -> list[tuple[str, str]]:
     """Spikes, energy and size of a trained network."""
     ann = f"{short(summary.ann_energy_mj)} mJ"
     if summary.energy_mj:
@@ -114,7 +114,7 @@ def cost_rows(summary: "Summary | SegmentationSummary") -> list[tuple[str, str]]
     ]
 
 
-def low_bit_rows(summary: "Summary | SegmentationSummary") -> list[tuple[str, str]]:
+def low_bit_rows(summary: "FinishedTask") -> list[tuple[str, str]]:
     """Sizes of low-bit weights, and what a teacher of q, k and v reached and cost."""
     rows = []
     if found := summary.quantized:
@@ -151,7 +151,7 @@ def reached(found: dict) -> str:
     return f"its accuracy is {100 * found['accuracy']:.2f} %, the network's {100 * found['float_accuracy']:.2f} %"
 
 
-def print_spread(seeds: Sequence[int], results: "Sequence[Summary] | Sequence[SegmentationSummary]") -> None:
+def print_spread(seeds: Sequence[int], results: "Sequence[FinishedTask]") -> None:
     """Mean and standard deviation (of a sample: n - 1) over the seeds."""
     from spikeformers.train.summary import spread
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.loop import train
 from spikeformers.train.recipe import Recipe
-from spikeformers.train.summary import SegmentationSummary, Summary, spread
+from spikeformers.train.summary import FinishedTask, spread
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SeedsSummary:
     """Results of all seeds, with mean and sample standard deviation of the last epoch's accuracy or mIoU (0..1)."""
 
     seeds: tuple[int, ...]
-    summaries: tuple[Summary, ...] | tuple[SegmentationSummary, ...]
+    summaries: tuple[FinishedTask, ...]
     mean: float
     sd: float
 

@@ -27,102 +27,83 @@ from spikeformers.train.recipe import Recipe, to_json
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """A finished run. Accuracies and rates 0..1, energies mJ an image, `layers` the firing rate of each neuron."""
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What every finished run tells. Rates 0..1; `layers`: the firing rate of each neuron."""
 
-    METRIC: ClassVar = "accuracy"  # what seeds are compared by
     recipe: dict
     model: str
     parameters: int
-    size_mb: float
-    accuracy: float  # at the last epoch, on the whole test split
-    best_accuracy: float
-    loss: float
     epochs: int
     seconds: float  # of training and testing, over all interruptions
     firing_rate: float
+    layers: dict[str, float]
+    versions: dict[str, str]
+    threads: int
+    hardware: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSummary(Finished):
+    """A finished pre-training. `loss`: of hidden patches of the test split; `visible` of `patches` are seen.
+
+    Parameters are the encoder's, its unused classifier included; firing rates the encoder's on whole images.
+    """
+
+    decoder_parameters: int
+    loss: float  # at the last epoch
+    best_loss: float
+    visible: int
+    patches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedTask(Finished):
+    """What every finished run of a task tells that a network is used for. Energies in mJ an image."""
+
+    METRIC: ClassVar[str]  # the field that seeds are compared by
+    size_mb: float
     spikes_per_image: float
     energy_mj: float
     energy_mj_sd: float
     ann_energy_mj: float
     energy_convention: str
     energy_by_stage: dict[str, dict[str, float]]
-    layers: dict[str, float]
-    integer_agreement: dict | None  # None for an ANN
+    integer_agreement: dict | None  # None for an ANN, or where the engine refuses
+    classes: list[str]
+    quantized: dict[str, float] | None = None  # quantize.Size of low-bit weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(FinishedTask):
+    """A finished classification. Accuracies 0..1."""
+
+    METRIC: ClassVar[str] = "accuracy"
+    accuracy: float  # at the last epoch, on the whole test split
+    best_accuracy: float
+    loss: float
     confusion: list[list[int]]  # [true][predicted]
     predictions: list[int]  # over the test split, in order
-    classes: list[str]
-    versions: dict[str, str]
-    threads: int
-    hardware: str
-    command: str
-    quantized: dict[str, float] | None = None  # quantize.Size of low-bit weights
     distillation: dict[str, float] | None = None  # of q, k, v: accuracy of the teacher, distill.Cost of a step
 
 
-@dataclass(frozen=True)
-class PretrainSummary:
-    """A finished pre-training. `loss`: of hidden patches of the test split; `visible` of `patches` are seen.
-
-    Firing rates are the encoder's on whole images.
-    """
-
-    recipe: dict
-    model: str
-    parameters: int  # of the encoder, its unused classifier included
-    decoder_parameters: int
-    loss: float  # at the last epoch
-    best_loss: float
-    epochs: int
-    seconds: float  # of training and testing, over all interruptions
-    visible: int
-    patches: int
-    firing_rate: float
-    layers: dict[str, float]
-    versions: dict[str, str]
-    threads: int
-    hardware: str
-    command: str
-
-
-@dataclass(frozen=True)
-class SegmentationSummary:
-    """A finished segmentation. Accuracies, IoUs and rates 0..1, energies mJ an image, `layers` the firing rates.
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSummary(FinishedTask):
+    """A finished segmentation. Accuracies and IoUs 0..1; `integer_agreement` is of pixels.
 
     `per_class_iou` is None for a class that neither truth nor prediction knows; `miou` is the mean of the others.
     """
 
-    METRIC: ClassVar = "miou"
-    recipe: dict
-    model: str
-    parameters: int
-    size_mb: float
+    METRIC: ClassVar[str] = "miou"
     miou: float  # at the last epoch, on the whole test split
     best_miou: float
     pixel_accuracy: float
     mean_accuracy: float
     per_class_iou: dict[str, float | None]
-    epochs: int
-    seconds: float  # of training and testing, over all interruptions
-    firing_rate: float
-    spikes_per_image: float
-    energy_mj: float
-    energy_mj_sd: float
-    ann_energy_mj: float
-    energy_convention: str
-    energy_by_stage: dict[str, dict[str, float]]
-    layers: dict[str, float]
-    integer_agreement: dict | None  # pixels; None for an ANN, or where `integer_refused` says why
-    integer_refused: str
+    integer_refused: str  # why there is no integer engine; "" if there is one
     confusion: list[list[int]]  # pixels [true][predicted]
-    classes: list[str]
     colours: list[list[int]]
-    versions: dict[str, str]
-    threads: int
-    hardware: str
-    command: str
-    quantized: dict[str, float] | None = None  # quantize.Size of low-bit weights
 
 
 AnySummary = Summary | PretrainSummary | SegmentationSummary

@@ -8,6 +8,7 @@ normalised spikes are for is done by that, so I-LIF may lose less here; the rows
 The mask embedding has whole counts in every row but "norm with 8": alpha is D of NI-LIF and 1 of I-LIF.
 Each training has a folder of its own below --runs and is resumed, so that a table can be made over days; finished ones
 are only read. Two processes may train different --seeds at once, and a third call with all seeds makes the tables.
+With the row "no shortcut", table3 also draws its queries and the baseline's (Fig. 3) to shortcut.png beside the runs.
 
     python benchmarks/camvid_tables.py table3 steps backbone --json benchmarks/results/camvid_tables.json
 
@@ -21,12 +22,14 @@ from dataclasses import dataclass
 from functools import partial, update_wrapper
 from pathlib import Path
 
-from tables import changed, done, make, parser_of
+import matplotlib.pyplot as plt
+from tables import changed, done, make, parser_of, runs_of
 
 from spikeformers import recipes
 from spikeformers.heads.spike2former import ANN_TWIN
 from spikeformers.train.recipe import Init, Recipe
-from spikeformers.train.summary import SegmentationSummary, spread
+from spikeformers.train.segmentation_pictures import QUERIES
+from spikeformers.train.summary import SegmentationSummary, read_summary, spread
 
 LAST_NEURON = "head.embedding.mask_spikes.neuron"  # its spikes make the masks
 FIXED = {"model__options__attention": "sdsa3_width", "model__options__attention_scale": "fixed", "init__balance": False}
@@ -92,12 +95,37 @@ def spike2former(images: int, ground: Ground, **fields: object) -> Recipe:
     return grounded("camvid_spike2former_small", images, ground, **({"model__options__alpha": 4.0} | fields))
 
 
+def place_of(runs: Path, ground: Ground) -> Path:
+    height, width = ground.size
+    return runs / f"{height}x{width}_epochs-{ground.epochs}"
+
+
+def folder_of(runs: Path, name: str, ground: Ground, *, seed: int) -> Path:
+    """Where the training of a row is kept."""
+    return place_of(runs, ground) / f"{name.lower().replace(' ', '-')}_seed-{seed}"
+
+
 def outcomes(runs: Path, name: str, recipe: Recipe, ground: Ground) -> list[SegmentationSummary]:
     """A training of a row for each seed."""
-    height, width = ground.size
-    place = runs / f"{height}x{width}_epochs-{ground.epochs}"
-    slug = name.lower().replace(" ", "-")
-    return [done(dataclasses.replace(recipe, seed=seed), place / f"{slug}_seed-{seed}") for seed in ground.seeds]
+    return [
+        done(dataclasses.replace(recipe, seed=seed), folder_of(runs, name, ground, seed=seed)) for seed in ground.seeds
+    ]
+
+
+def draw_shortcut(runs: Path, *, ground: Ground) -> Path:
+    """Fig. 3 of the first seed: the mean mask of each query with the ME-shortcut, and below it without."""
+    shown = {"baseline": "with the ME-shortcut", "no shortcut": "without it"}
+    figure, axes = plt.subplots(len(shown), layout="constrained", figsize=(7, 4.8))
+    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+        folder = folder_of(runs, name, ground, seed=ground.seeds[0])
+        rate = 100 * read_summary(folder).layers[LAST_NEURON]
+        axis.imshow(plt.imread(folder / QUERIES))
+        axis.set_title(f"{title}: the last neuron fires {rate:.1f} % of the most it could", fontsize=10)
+        axis.axis("off")
+    target = place_of(runs, ground) / "shortcut.png"
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
 
 
 def scored(found: list[SegmentationSummary]) -> dict:
@@ -211,6 +239,8 @@ def main() -> None:
         parser.error(str(error))
     made = {name: update_wrapper(partial(table, ground=ground), table) for name, table in TABLES.items()}
     make("camvid_tables", made, options, ground=dataclasses.asdict(ground))
+    if "table3" in options.tables and "no shortcut" in (ground.rows or LARGE):
+        print(f"drawn: {draw_shortcut(runs_of(options), ground=ground)}")
 
 
 if __name__ == "__main__":

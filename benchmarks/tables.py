@@ -58,6 +58,11 @@ def parser_of(documented: str, tables: dict[str, Callable], *, runs: str, images
     return parser
 
 
+def runs_of(options: argparse.Namespace) -> Path:
+    """Where the trainings with as many images are kept."""
+    return options.runs / f"images-{options.images}"
+
+
 def make(
     script: str,
     tables: dict[str, Callable[[Path, int], list[dict]]],
@@ -82,7 +87,7 @@ def make(
     for name, value in (ground or {}).items():
         print(f"{name}: {value}")
     for name in options.tables:
-        rows = tables[name](options.runs / f"images-{options.images}", options.images)
+        rows = tables[name](runs_of(options), options.images)
         result["tables"][name] = {"what": tables[name].__doc__, "rows": rows}
         print(f"\n{name}: {tables[name].__doc__}")
         show(rows)

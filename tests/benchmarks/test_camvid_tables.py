@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from spikeformers import create_model, recipes
 from spikeformers.neurons import Neuron
@@ -131,6 +132,8 @@ def test_a_table_runs_to_its_json_and_a_second_time_only_reads(tables, painted, 
     written = (folder / "summary.json").stat().st_mtime_ns
     tables.main()
     assert (folder / "summary.json").stat().st_mtime_ns == written
+    with Image.open(folder.parent / "shortcut.png") as drawn:
+        assert drawn.size[0] > 500
     assert json.loads(found.read_text())["tables"] == first["tables"]
     printed = capsys.readouterr().out
     assert "no shortcut" in printed

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spikeformers.backbones import meta_spikeformer, qsd_transformer, spikformer
-from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
+from spikeformers.heads import (
+    DetectorConfig,
+    MaskRCNNConfig,
+    SegmenterConfig,
+    SemanticFPNConfig,
+    Spike2FormerConfig,
+    YOLOConfig,
+)
 from spikeformers.layers.pretrained import CONFIG, FORMAT, WEIGHTS, Origin
 from spikeformers.neurons import closest, set_steps
 from spikeformers.quantize import convert, fold, plain, prepare
@@ -26,7 +33,7 @@ class Entry:
     config: Any  # a frozen dataclass with build()
     stem: str
     paper: str
-    data: str = "imagenet"  # what the paper trains it on: imagenet, cifar10, events, ade20k, cityscapes or voc
+    data: str = "imagenet"  # what the paper trains it on: imagenet, cifar10, events, ade20k, cityscapes, voc, coco
     image_size: int = 224  # pixels a side there
 
 
@@ -89,6 +96,21 @@ for _size in ("t", "m"):
 
 for _data, _sizes in (("ade20k", {}), ("cityscapes", {"encoder_hidden": 2048}), ("voc", {})):
     CATALOGUE[f"spike2former_{_data}"] = Entry(_spike2former(_data, **_sizes), "spike2former", SPIKE2FORMER, _data, 512)
+
+
+def _detector(backbone: str, head: Any, **shared: Any) -> DetectorConfig:
+    """A detection head on a backbone of the catalogue."""
+    return DetectorConfig(CATALOGUE[backbone].config, head, **shared)
+
+
+_config = _detector("meta_spikeformer_15m", YOLOConfig(), neuron="lif", steps=4)
+CATALOGUE["meta_spikeformer_15m_yolo"] = Entry(_config, "meta_spikeformer", META_SPIKEFORMER, "coco", 640)
+for _size in ("15m", "55m"):
+    _config = _detector(f"meta_spikeformer_{_size}", MaskRCNNConfig(), neuron="lif")
+    CATALOGUE[f"meta_spikeformer_{_size}_mask_rcnn"] = Entry(_config, "meta_spikeformer", META_SPIKEFORMER, "coco", 800)
+for _size in ("t", "m"):
+    _config = _detector(f"qsd_transformer_{_size}", MaskRCNNConfig(), neuron="ie_lif", bits=4)
+    CATALOGUE[f"qsd_transformer_{_size}_mask_rcnn"] = Entry(_config, "qsd_transformer", QSD_TRANSFORMER, "coco", 800)
 
 
 def list_models(pattern: str = "*") -> list[str]:

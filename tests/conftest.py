@@ -1,5 +1,6 @@
 """Shared fixtures; installs the shape checker (jaxtyping + beartype) before any module of the package is imported."""
 
+import json
 import os
 from pathlib import Path
 
@@ -67,6 +68,53 @@ def painted(tmp_path_factory) -> Path:
             Image.fromarray(pixels).save(root / split / "images" / f"{index}.png")
             Image.fromarray(mask).save(root / split / "masks" / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def draw_coco():
+    """draw_coco(ROOT, split="train", pictures=[[([x, y, width, height], category), ...], ...], size=(24, 32)).
+
+    Writes ROOT/SPLIT/0.png, ... and ROOT/annotations/instances_SPLIT.json with categories 3 "dog" and 7 "cat", and
+    returns the json.  Black pictures whose objects are whole rectangles of red 100 (dog) or 200 (cat), with polygons.
+    """
+
+    def build(root: Path, *, split: str, pictures: list, size: tuple[int, int] = (24, 32)) -> dict:
+        categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+        content: dict = {"categories": categories, "images": [], "annotations": []}
+        (root / split).mkdir(parents=True, exist_ok=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        for number, objects in enumerate(pictures):
+            pixels = np.zeros((*size, 3), dtype=np.uint8)
+            for (x, y, width, height), category in objects:
+                pixels[int(y) : int(y + height), int(x) : int(x + width), 0] = {3: 100, 7: 200}[category]
+                content["annotations"].append(
+                    {
+                        **{"id": len(content["annotations"]) + 1, "image_id": 10 + number, "category_id": category},
+                        **{"bbox": [x, y, width, height], "area": width * height, "iscrowd": 0},
+                        "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]],
+                    }
+                )
+            Image.fromarray(pixels).save(root / split / f"{number}.png")
+            named = {"id": 10 + number, "file_name": f"{number}.png"}
+            content["images"].append(named | {"height": size[0], "width": size[1]})
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        return content
+
+    return build
+
+
+@pytest.fixture
+def coco_folder(tmp_path, draw_coco) -> Path:
+    """Six training pictures of 24 x 32 with one to three objects, and three test pictures with two, none and three."""
+    random = np.random.RandomState(0)
+
+    def objects(count: int) -> list:
+        corners = [(10 * i + int(random.randint(3)), int(random.randint(12))) for i in range(count)]
+        return [([x, y, 7, 11], int(random.choice([3, 7]))) for x, y in corners]
+
+    draw_coco(tmp_path, split="train", pictures=[objects(1 + i % 3) for i in range(6)])
+    draw_coco(tmp_path, split="test", pictures=[objects(2), [], objects(3)])
+    return tmp_path
 
 
 SEGMENTERS = {

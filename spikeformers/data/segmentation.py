@@ -6,19 +6,18 @@ once and kept as uint8."""
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from spikeformers.data.augment import Normalise, seeded, to_pixels
 from spikeformers.data.decode import UnreadablePictureError, decode, height_width
+from spikeformers.data.held import read_all, spread
 from spikeformers.data.images import MEMORY_LIMIT, statistics
 from spikeformers.data.segmentation_augment import Frame, SegmentationAugment, SegmentationTransform, resize_picture
 from spikeformers.data.segmentation_sources import TEST_SPLITS, SegmentationListing, listing
@@ -128,10 +127,10 @@ class SegmentationSplit(Dataset):
             )
         if self._estimated_bytes() <= MEMORY_LIMIT:
             # Arrays, not tensors: sent to a worker process, each tensor would keep a file open.
-            self._held = [(item[0].numpy(), item[1].numpy()) for item in self._read_all(self._tried) if item]
+            self._held = [(image.numpy(), labels.numpy()) for image, labels in self._kept(self._read)]
         elif spec.skip_unreadable:
             logger.info("data.skip_unreadable: decoding all %d pictures of %s once", len(found.images), spec.root)
-            self._read_all(lambda index: None if self._tried(index) is None else index)
+            self._kept(lambda index: bool(self._read(index)))
         self.names = [str(image) for image in self._listing.images]
         if not self.names:
             raise ValueError(f"no picture of {spec.source} {spec.root} could be read; first: {self.skipped[0]}")
@@ -155,24 +154,12 @@ class SegmentationSplit(Dataset):
             return self.spec.frame.size(height, width)
         return self._transform.shrunk_size(height, width)
 
-    def _read_all(self, read: Callable[[int], T | None]) -> list[T | None]:
-        """What `read` makes of every picture; those of which it makes None are dropped from the listing."""
-        with ThreadPoolExecutor() as pool:
-            items = list(pool.map(read, range(len(self._listing.images))))
-        self.skipped.sort()
+    def _kept(self, read: Callable[[int], T]) -> list[T]:
+        """What `read` makes of every picture that can be read; the others are dropped from the listing."""
+        items, self.skipped = read_all(read, len(self._listing.images), skip_unreadable=self.spec.skip_unreadable)
         if self.skipped:
-            self._listing = self._listing.chosen(i for i, item in enumerate(items) if item is not None)
-        return items
-
-    def _tried(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """The item, or None if it is to be skipped."""
-        try:
-            return self._read(index)
-        except UnreadablePictureError as error:
-            if not self.spec.skip_unreadable:
-                raise
-            self.skipped.append(str(error))
-            return None
+            self._listing = self._listing.chosen(items)
+        return list(items.values())
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
         """What is the same at each access: picture uint8 [C,h,w] and labels uint8 [H,W], resized as far as may be."""
@@ -214,11 +201,6 @@ class SegmentationSplit(Dataset):
             return self._normalise(image), labels.long()
         with seeded(self.seed, epoch, index, torch_only=True):
             return self._transform(image, labels)
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """`limit` indices spread evenly over `count`, so that each part of a video is there; all where `limit` is 0."""
-    return (np.arange(limit) * count // limit if 0 < limit < count else np.arange(count)).tolist()
 
 
 def load_segmentation_split(spec: SegmentationData, split: str, *, seed: int = 0) -> SegmentationSplit:

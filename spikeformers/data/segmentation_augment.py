@@ -16,20 +16,20 @@ from torch.nn.functional import pad
 from torchvision.transforms import v2
 
 from spikeformers.data.augment import Normalise
+from spikeformers.data.photometric import Photometric
 from spikeformers.heads.masks import IGNORE
 
 CROP_TRIES = 10  # before a crop that one class dominates is taken all the same
 
 
 @dataclass(frozen=True)
-class SegmentationAugment:
+class SegmentationAugment(Photometric):
     """What happens to training pictures and masks before and after the crop; the defaults change nothing.
 
     scale: smallest and largest random factor of the size that a test picture would take ("(2048,512) x [0.5, 2]").
     short_sides: instead, one of these lengths of the short side, its long side at most max_side (0: any).
     cat_max_ratio: a crop is drawn again, ten times at most, while one class covers more than this share of its
-    labelled pixels; 1: never.  flip: probability.  distort: probability of each of four distortions, changing the
-    brightness, contrast and saturation by up to this share and turning the hue by up to this part of the circle.
+    labelled pixels; 1: never.  flip: probability.  distort and what follows: see `Photometric`.
 
     Raises ValueError for a value out of range, or two ways to resize at once.
     """
@@ -39,13 +39,9 @@ class SegmentationAugment:
     max_side: int = 0
     cat_max_ratio: float = 1.0
     flip: float = 0.0
-    distort: float = 0.0
-    brightness: float = 32 / 255
-    contrast: float = 0.5
-    saturation: float = 0.5
-    hue: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"augment.scale must be a smallest and a largest factor above 0, got {self.scale}")
         if self.short_sides and self.scale != (1.0, 1.0):
@@ -62,13 +58,10 @@ class SegmentationAugment:
             )
         if self.max_side < 0:
             raise ValueError(f"augment.max_side must be at least 0, got {self.max_side}")
-        for name in ("flip", "distort", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augment.flip must lie between 0 and 1, got {self.flip}")
         if not 0 < self.cat_max_ratio <= 1:
             raise ValueError(f"augment.cat_max_ratio must lie above 0 and at most at 1, got {self.cat_max_ratio}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"augment.hue must lie between 0 and 0.5, got {self.hue}")
 
 
 @dataclass(frozen=True)
@@ -108,13 +101,6 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return v2.functional.resize_image(labels[None], list(size), interpolation=nearest)[0]
 
 
-class PhotometricDistort(v2.RandomPhotometricDistort):
-    """torchvision's, without its permutation of the channels."""
-
-    def make_params(self, flat_inputs: list) -> dict:
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
-
-
 class SegmentationTransform:
     """Random transform of a training picture uint8 [C,H,W] and its labels uint8 [H,W] to `size`, float32 and int64.
 
@@ -133,13 +119,7 @@ class SegmentationTransform:
     ) -> None:
         self.augment, self.size, self.frame, self.interpolation = augment, size, frame, interpolation
         self.normalise = Normalise(mean, std)
-        self.distort = PhotometricDistort(
-            (1 - augment.brightness, 1 + augment.brightness),
-            (1 - augment.contrast, 1 + augment.contrast),
-            (1 - augment.saturation, 1 + augment.saturation),
-            (-augment.hue, augment.hue),
-            augment.distort,
-        )
+        self.distort = augment.distortion()
 
     def shrunk_size(self, height: int, width: int) -> tuple[int, int]:
         """The largest size that can be drawn, if a picture is larger; else its own."""

@@ -9,16 +9,15 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from spikeformers.data.archive import ZipMember, opened_zip
 from spikeformers.data.decode import Stored, UnreadablePictureError, opened
 from spikeformers.data.segmentation_augment import IGNORE
-from spikeformers.data.sources import HELD_OUT, existing
+from spikeformers.data.sources import existing, held_out
 
 TEST_SPLITS = {"ade20k": "val", "cityscapes": "val", "voc2012": "val", "camvid": "test", "maskfolder": "val"}
 UNKNOWN = -1  # in a table: no mask may have this value
@@ -27,33 +26,6 @@ _ADE20K_FOLDERS = {"train": "training", "val": "validation"}
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the 19 classes
 _CITYSCAPES_LAST_ID = 33
 _CAMVID_VOID = 11
-
-
-@dataclass(frozen=True)
-class ZipMember:
-    """A file in an archive that each process opens for itself: worker processes must not share a file's position."""
-
-    archive: Path
-    name: str
-
-    def read_bytes(self) -> bytes:
-        return _opened_zip(self.archive).read(self.name)
-
-    def __str__(self) -> str:
-        return f"{self.archive}/{self.name}"
-
-
-def _opened_zip(path: Path) -> ZipFile:
-    """The archive as it is now, opened once in each process.  Raises ValueError for a broken one."""
-    return _archive(path, os.getpid(), path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _archive(path: Path, process: int, modified: int) -> ZipFile:
-    try:
-        return ZipFile(path)
-    except (BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is no readable zip file ({error}): fetch it again") from error
 
 
 @dataclass(frozen=True)
@@ -269,7 +241,7 @@ def camvid(top: Path, split: str, count: int) -> Found:
     archives = sorted(top.glob(f"*{split}.zip"))
     if len(archives) != 1:
         raise ValueError(f"{top} must hold a folder {split}/ or one archive *{split}.zip, has {len(archives)} of these")
-    members = [ZipMember(archives[0], name) for name in _opened_zip(archives[0]).namelist()]
+    members = [ZipMember(archives[0], name) for name in opened_zip(archives[0]).namelist()]
 
     def inside(folder: str, endings: tuple[str, ...]) -> dict[str, Stored]:
         here = [each for each in members if PurePosixPath(each.name).parent.name == folder]
@@ -292,19 +264,10 @@ def maskfolder(top: Path, split: str, count: int) -> Found:
         raise ValueError(f"no folder {places[1][0]}: add it, or set data.test_split to one of {', '.join(folders)}")
     images, masks = _paired(_files(place[0], IMG_EXTENSIONS), _files(place[1], ".png"), where=str(place[1]))
     if place is whole:
-        kept = _held_out(len(images), split)
+        _one_of(split, ("train", "val", "test"), source="a mask folder that is split 80 : 20")
+        kept = held_out(len(images), test=split != "train")
         images, masks = [images[i] for i in kept], [masks[i] for i in kept]
     return images, masks, _table(count)
-
-
-def _held_out(length: int, split: str) -> np.ndarray:
-    _one_of(split, ("train", "val", "test"), source="a mask folder that is split 80 : 20")
-    count = max(round(HELD_OUT * length), 1)
-    order = np.random.RandomState(0).permutation(length)
-    kept = np.sort(order[count:] if split == "train" else order[:count])
-    if not len(kept):
-        raise ValueError(f"{length} image cannot be split into train and test: add more")
-    return kept
 
 
 _READERS = {"ade20k": ade20k, "cityscapes": cityscapes, "voc2012": voc2012, "camvid": camvid, "maskfolder": maskfolder}

@@ -119,6 +119,18 @@ def _held_out(found: Listing, split: str, limit: int) -> Listing:
     return found.chosen(balanced_prefix(found.labels, limit))
 
 
+def held_out(length: int, *, test: bool) -> np.ndarray:
+    """Indices, ascending, of the fifth that is for testing, or of the rest; by a fixed permutation.
+
+    Raises ValueError for fewer than two.
+    """
+    count = max(round(HELD_OUT * length), 1)
+    order = np.random.RandomState(0).permutation(length)
+    if length <= count:
+        raise ValueError(f"{length} image cannot be split into train and test: add more")
+    return np.sort(order[:count] if test else order[count:])
+
+
 def cifar(root: str, split: str, *, source: str, limit: int) -> Listing:
     """torchvision's CIFAR-10 or CIFAR-100 as already downloaded to `root`; a limit takes the first pictures."""
     kind = CIFAR10 if source == "cifar10" else CIFAR100

@@ -1,6 +1,8 @@
 """One door to every kind of data: the kind of a spec follows from its source, and its splits from its kind."""
 
 from spikeformers.data import images
+from spikeformers.data.detection import DetectionData, DetectionSplit, load_detection_split
+from spikeformers.data.detection_sources import DETECTION_SOURCES
 from spikeformers.data.images import SOURCES, ImageData, ImageSplit
 from spikeformers.data.segmentation import (
     SEGMENTATION_SOURCES,
@@ -10,10 +12,18 @@ from spikeformers.data.segmentation import (
 )
 from spikeformers.neurons import closest
 
-Data = ImageData | SegmentationData
-Split = ImageSplit | SegmentationSplit
-KINDS = dict.fromkeys(SOURCES, ImageData) | dict.fromkeys(SEGMENTATION_SOURCES, SegmentationData)
-_LOADERS = {ImageData: images.load_split, SegmentationData: load_segmentation_split}
+Data = ImageData | SegmentationData | DetectionData
+Split = ImageSplit | SegmentationSplit | DetectionSplit
+KINDS = (
+    dict.fromkeys(SOURCES, ImageData)
+    | dict.fromkeys(SEGMENTATION_SOURCES, SegmentationData)
+    | dict.fromkeys(DETECTION_SOURCES, DetectionData)
+)
+_LOADERS = {
+    ImageData: images.load_split,
+    SegmentationData: load_segmentation_split,
+    DetectionData: load_detection_split,
+}
 
 
 def kind_of(source: str) -> type[Data]:

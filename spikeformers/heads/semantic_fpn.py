@@ -18,47 +18,13 @@ from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
 from spikeformers.heads.masks import IGNORE, check_labels
+from spikeformers.heads.pyramid import FeaturePyramid, SpikingConv, plain_conv
 from spikeformers.layers import ConvBN, FeatureInfo
 from spikeformers.neurons import AfterTime, NeuronBuilder, TimeMean, as_membrane, choose
 
 
-class SpikingConv(nn.Module):
-    """SN - Conv (- BN): membranes [B, C, H, W] -> membranes [B, O, H, W]."""
-
-    def __init__(self, convolution: nn.Module, *, neuron: NeuronBuilder) -> None:
-        super().__init__()
-        self.neuron = neuron()
-        self.conv = convolution
-
-    def forward(self, membrane: Real[Tensor, "B C H W"]) -> Real[Tensor, "B O H W"]:
-        return self.conv(self.neuron(membrane))
-
-
-def plain_conv(in_channels: int, out_channels: int, kernel: int, *, bias: bool = True) -> nn.Conv2d:
-    """A convolution without batch norm, as in the neck of the LIF form."""
-    return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-
-
-class FeaturePyramid(AfterTime):
-    """Maps [B, C_i, H_i, W_i], fine to coarse -> as many of `dim` channels.
-
-    Coarse ones are repeated onto finer ones (nearest), then each is convolved.  `convolution(in, out, kernel, bias=)`
-    builds the layers.
-    """
-
-    def __init__(
-        self, channels: tuple[int, ...], dim: int, *, convolution: Callable[..., nn.Module], neuron: NeuronBuilder
-    ) -> None:
-        super().__init__()
-        build = partial(SpikingConv, neuron=neuron)
-        self.lateral = nn.ModuleList(build(convolution(width, dim, 1, bias=True)) for width in channels)
-        self.output = nn.ModuleList(build(convolution(dim, dim, 3, bias=True)) for _ in channels)
-
-    def forward(self, maps: list[Real[Tensor, "B _ _ _"]]) -> list[Real[Tensor, "B _ _ _"]]:
-        maps = [as_membrane(layer(each)) for layer, each in zip(self.lateral, maps, strict=True)]
-        for level in range(len(maps) - 1, 0, -1):
-            maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], size=maps[level - 1].shape[2:])
-        return [layer(each) for layer, each in zip(self.output, maps, strict=True)]
+class AveragedPyramid(AfterTime, FeaturePyramid):
+    """The pyramid of maps averaged over time."""
 
 
 class PixelClassifier(AfterTime):
@@ -117,7 +83,7 @@ class SemanticFPN(nn.Module):
         channels = tuple(features.channels[level] for level in self.levels)
         neuron = partial(neuron, steps=1)
         self.time_means = nn.ModuleList(TimeMean(steps=steps) for _ in channels)
-        self.neck = FeaturePyramid(channels, neck_dim, convolution=neck_convolution, neuron=neuron)
+        self.neck = AveragedPyramid(channels, neck_dim, convolution=neck_convolution, neuron=neuron)
         self.classifier = PixelClassifier(neck_dim, dim, levels=len(channels), num_classes=num_classes, neuron=neuron)
 
     def forward(self, maps: list[Float[Tensor, "TB _ _ _"]]) -> Float[Tensor, "B L H W"]:

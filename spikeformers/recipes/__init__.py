@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
-from spikeformers.recipes import camvid, meta_spikeformer, qsd_transformer, quick, spike2former, spikformer
+from spikeformers.recipes import bccd, camvid, meta_spikeformer, qsd_transformer, quick, spike2former, spikformer
 from spikeformers.train.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -23,6 +23,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "camvid_backbone": camvid.backbone,
     "camvid_fpn": camvid.fpn_gpu,
     "camvid_spike2former": camvid.spike2former_gpu,
+    "bccd_yolo_small": bccd.yolo_small,
     "spike2former_ade20k": spike2former.ade20k,
     "spike2former_cityscapes": spike2former.cityscapes,
     "spike2former_voc": spike2former.voc,

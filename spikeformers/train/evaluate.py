@@ -46,7 +46,12 @@ def batches_of(split: Dataset, *, batch_size: int, images: int = 0, workers: int
     Samples of a split that is not `uniform` (pictures of several sizes) come one by one.
     """
     chosen = split if len(drawn(len(split), images)) == len(split) else Subset(split, drawn(len(split), images))
-    return DataLoader(chosen, batch_size=batch_size if getattr(split, "uniform", True) else 1, num_workers=workers)
+    return DataLoader(
+        chosen,
+        batch_size=batch_size if getattr(split, "uniform", True) else 1,
+        num_workers=workers,
+        collate_fn=getattr(split, "collate", None),
+    )
 
 
 def drawn(length: int, images: int) -> list[int]:

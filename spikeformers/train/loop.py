@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spikeformers.attention import balance
 from spikeformers.data.augment import seed_of
@@ -183,6 +184,7 @@ class _Work:
             batch_size=self.recipe.batch_size,
             sampler=self.sampler,
             drop_last=True,
+            collate_fn=getattr(split, "collate", None),
             num_workers=self.recipe.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -216,7 +218,8 @@ class _Work:
 
         Those that are `trained` stay.
         """
-        images = torch.stack([self.train_split[0, index][0] for index in range(self.recipe.batch_size)])
+        collate = getattr(self.train_split, "collate", default_collate)
+        images, _ = collate([self.train_split[0, index] for index in range(self.recipe.batch_size)])
         images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout)
         skip = {name for name, parameter in self.plain.named_parameters() if parameter in trained}
         count, left = balance(self.plain.train(), images, skip=skip), sum(name.endswith(".scale") for name in skip)
@@ -348,7 +351,7 @@ class _Work:
             images, labels = next(batches)
             whole = whole and bool(torch.isfinite(images).all())
             images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout, non_blocking=True)
-            labels = labels.to(self.accelerator.device, non_blocking=True)
+            labels = send_to_device(labels, self.accelerator.device, non_blocking=True)
             _reseed(recipe.seed, "batch", (done * recipe.accumulate + part) * world + self.accelerator.process_index)
             last = part == recipe.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -445,6 +448,8 @@ def _line(values: dict, epochs: int) -> str:
         parts.append(f"test accuracy {values['test_accuracy']:.2%}")
     elif "test_miou" in values:
         parts.append(f"test mIoU {values['test_miou']:.2%}")
+    elif "test_map" in values:
+        parts.append(f"test mAP {values['test_map']:.2%}  AP50 {values['test_ap50']:.2%}")
     elif "test_loss" in values:
         parts.append(f"test loss {values['test_loss']:.4f}")
     if "firing_rate" in values:

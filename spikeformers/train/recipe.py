@@ -248,6 +248,27 @@ _LEAST = {
 }
 
 
+def refuse_others(recipe: Recipe, task: str) -> None:
+    """Raises ValueError for settings of a dense `task` ("segmentation", "detection") that it has no use for."""
+    values = {
+        "label_smoothing": recipe.label_smoothing,
+        "distill.teacher": recipe.distill.teacher,
+        "fgd.teacher": recipe.fgd.teacher,
+        "pretrain.mask_ratio": recipe.pretrain.mask_ratio,
+    }
+    if used := next((name for name, value in values.items() if value), ""):
+        raise ValueError(f"{used}={values[used]} is of no use in {task}: leave it out")
+    if task != "segmentation":
+        refuse_segmentation(recipe)
+
+
+def refuse_segmentation(recipe: Recipe) -> None:
+    """Raises ValueError for settings of segmentation in a recipe of another task."""
+    for name, value in dataclasses.asdict(recipe.segmentation).items():
+        if value != getattr(Segmentation(), name):
+            raise ValueError(f"segmentation.{name}={value} is of no use with pictures without masks: leave it out")
+
+
 def override(recipe: Recipe, path: str, text: str) -> Recipe:
     """`recipe` with the field at the dotted `path` (for example "optim.lr") set to what `text` says.
 

@@ -10,7 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # it brings torch and accelerate, which a list of models does not need
-    from spikeformers.train.summary import AnySummary, FinishedTask, PretrainSummary, SegmentationSummary, Summary
+    from spikeformers.train.summary import (
+        AnySummary,
+        DetectionSummary,
+        FinishedTask,
+        PretrainSummary,
+        SegmentationSummary,
+        Summary,
+    )
 
 NAMED = 5  # test images named one by one on a line
 EXTREMES = 3  # best classes, and worst ones
@@ -42,9 +49,14 @@ def short(value: float) -> str:
 
 def print_results(summary: "AnySummary", report: Path) -> None:
     """What a run achieved."""
-    from spikeformers.train.summary import PretrainSummary, SegmentationSummary, Summary
+    from spikeformers.train.summary import DetectionSummary, PretrainSummary, SegmentationSummary, Summary
 
-    rows_of = {Summary: training_rows, SegmentationSummary: segmentation_rows, PretrainSummary: pretraining_rows}
+    rows_of = {
+        Summary: training_rows,
+        PretrainSummary: pretraining_rows,
+        SegmentationSummary: segmentation_rows,
+        DetectionSummary: detection_rows,
+    }
     rows = rows_of[type(summary)](summary)
     print_facts(f"{summary.recipe['name']}: {summary.model}", [*rows, ("Report", str(report))])
 
@@ -91,13 +103,38 @@ def accuracy_rows(found: "SegmentationSummary") -> list[tuple[str, str]]:
     accuracy = f"{100 * found.pixel_accuracy:.2f} %, mean of classes {100 * found.mean_accuracy:.2f} %"
     rows = [("Pixel accuracy", accuracy)]
     known = sorted((iou, name) for name, iou in found.per_class_iou.items() if iou is not None)
-    if len(known) <= 2 * EXTREMES:
-        return [*rows, ("IoU by class", _named(known[::-1]))]
-    return [*rows, ("Best IoU", _named(known[: -EXTREMES - 1 : -1])), ("Worst IoU", _named(known[:EXTREMES]))]
+    return [*rows, *extremes(known, "IoU")]
 
 
 def _named(ious: Sequence[tuple[float, str]]) -> str:
     return ", ".join(f"{name} {100 * iou:.1f} %" for iou, name in ious)
+
+
+def detection_rows(summary: "DetectionSummary") -> list[tuple[str, str]]:
+    """Lines about a trained detector."""
+    rows = [
+        ("mAP", f"{100 * summary.map:.2f} % at the last epoch (best {100 * summary.best_map:.2f} %)"),
+        ("AP50, AP75", f"{100 * summary.ap50:.2f} %, {100 * summary.ap75:.2f} % of {summary.images:,} images"),
+        ("Best fixed boxes", f"AP50 {100 * summary.floor_ap50:.2f} %: the same in every image, whatever it shows"),
+    ]
+    if summary.mask_map is not None:
+        rows.append(("Masks", f"mAP {100 * summary.mask_map:.2f} %, AP50 {100 * summary.mask_ap50:.2f} %"))
+    known = sorted((ap, name) for name, ap in summary.per_class_ap50.items() if ap is not None)
+    return [
+        *rows,
+        *extremes(known, "AP50"),
+        *cost_rows(summary),
+        *low_bit_rows(summary),
+        ("Integer engine", detections_agreeing(summary.integer_agreement, refused=summary.integer_refused)),
+        ("Time", f"{duration(summary.seconds)} for {summary.epochs} epoch{'s' * (summary.epochs != 1)}"),
+    ]
+
+
+def extremes(known: Sequence[tuple[float, str]], metric: str) -> list[tuple[str, str]]:
+    """The best and the worst classes, given in ascending order; all of them if they are few."""
+    if len(known) <= 2 * EXTREMES:
+        return [(f"{metric} by class", _named(known[::-1]))]
+    return [(f"Best {metric}", _named(known[: -EXTREMES - 1 : -1])), (f"Worst {metric}", _named(known[:EXTREMES]))]
 
 
 def cost_rows(summary: "FinishedTask") -> list[tuple[str, str]]:
@@ -146,6 +183,16 @@ def pixels_agreeing(found: dict | None, *, refused: str) -> str:
     return f"same class for {share} {found['total']:,} pixels of {found['images']} test images"
 
 
+def detections_agreeing(found: dict | None, *, refused: str) -> str:
+    """How many detections the integer engine shares, or why it does not run."""
+    if found is None:
+        return f"none: {refused}"
+    if not found["total"]:
+        return f"nothing certain enough to compare in {found['images']} test images"
+    share = "all" if found["same"] == found["total"] else f"{100 * found['same'] / found['total']:.2f} % of"
+    return f"same box and class for {share} {found['total']:,} detections in {found['images']} test images"
+
+
 def reached(found: dict) -> str:
     """The accuracy of the integer engine beside that of the network, over the images that were compared."""
     return f"its accuracy is {100 * found['accuracy']:.2f} %, the network's {100 * found['float_accuracy']:.2f} %"
@@ -157,7 +204,7 @@ def print_spread(seeds: Sequence[int], results: "Sequence[FinishedTask]") -> Non
 
     rows, metric = [], results[0].METRIC
     for name, label, factor, unit in (
-        (metric, {"accuracy": "Test accuracy", "miou": "mIoU"}[metric], 100, "%"),
+        (metric, {"accuracy": "Test accuracy", "miou": "mIoU", "map": "mAP"}[metric], 100, "%"),
         ("firing_rate", "Firing rate", 100, "%"),
         ("energy_mj", "Energy per image", 1, "mJ"),
     ):

@@ -39,7 +39,7 @@ def train_seeds(
     metric = summaries[0].METRIC
     values = [getattr(each, metric) for each in summaries]
     mean, sd = spread(values)
-    plural = {"accuracy": "accuracies", "miou": "mious"}[metric]
+    plural = {"accuracy": "accuracies", "miou": "mious", "map": "maps"}[metric]
     content = {"seeds": list(seeds), plural: values, f"{metric}_mean": mean, f"{metric}_sd": sd}
     if PartialState().is_main_process:
         write_json(Path(run) / "seeds.json", content)

@@ -17,7 +17,7 @@ from spikeformers.data.segmentation import SegmentationSplit
 from spikeformers.deploy import integer
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.evaluate import energy_and_firing
-from spikeformers.train.recipe import Recipe, to_json
+from spikeformers.train.recipe import Recipe, refuse_others, to_json
 from spikeformers.train.segmentation_evaluate import (
     SegmentationResult,
     Windows,
@@ -67,15 +67,7 @@ class SemanticSegmentation:
 
         Raises ValueError for settings that only classifiers and pre-trainings have.
         """
-        others = {
-            "label_smoothing": recipe.label_smoothing,
-            "distill.teacher": recipe.distill.teacher,
-            "fgd.teacher": recipe.fgd.teacher,
-            "pretrain.mask_ratio": recipe.pretrain.mask_ratio,
-        }
-        for field, value in others.items():
-            if value:
-                raise ValueError(f"{field}={value} is of no use in segmentation: leave it out")
+        refuse_others(recipe, "segmentation")
         self.windows = windows_of(recipe)
         self.class_weights: Tensor | None = None
         if power := recipe.segmentation.class_weights:

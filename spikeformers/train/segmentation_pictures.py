@@ -72,13 +72,13 @@ def draw_samples(model: nn.Module, split: SegmentationSplit, path: Path, *, wind
         scores = scores_of(model, split[index][0][None], size=tuple(truth.shape), windows=windows)
         for labels in (None, truth, scores[0].argmax(0)):
             tile = picture.expand(3, -1, -1) if labels is None else overlay(picture, labels, colours=colours)
-            tiles.append(_page_wide(tile))
+            tiles.append(page_wide(tile))
     height = max(tile.shape[1] for tile in tiles)
     tiles = [F.pad(tile, (0, 0, 0, height - tile.shape[1]), value=255) for tile in tiles]
-    _save(to_pil(make_grid(tiles, nrow=3, padding=4, pad_value=255)), path)
+    save_picture(to_pil(make_grid(tiles, nrow=3, padding=4, pad_value=255)), path)
 
 
-def _page_wide(picture: Tensor) -> Tensor:
+def page_wide(picture: Tensor) -> Tensor:
     """uint8 [3,H,W] at the width of the page, its ratio kept; small pictures are enlarged without smoothing."""
     height = max(1, round(picture.shape[1] * _WIDTH / picture.shape[2]))
     mode = {"mode": "nearest"} if picture.shape[2] < _WIDTH else {"mode": "bilinear", "antialias": True}
@@ -98,7 +98,7 @@ def draw_queries(model: nn.Module, split: Dataset, path: Path) -> bool:
     means = (total / count).unsqueeze(1)
     low, high = means.amin((2, 3), keepdim=True), means.amax((2, 3), keepdim=True)  # each by its own contrast
     shown = ((means - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
-    _save(to_pil(make_grid(shown, nrow=10, padding=2, pad_value=255)), path)
+    save_picture(to_pil(make_grid(shown, nrow=10, padding=2, pad_value=255)), path)
     return True
 
 
@@ -130,7 +130,7 @@ def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> boo
     points = attentions[-1].sampling_points(inputs[0])[0]
     height, width = cells = tuple(points.shape[-2:])
     chosen = points[..., height // 2, width // 2].flatten(0, 1)
-    picture = _page_wide(split.picture(index).expand(3, -1, -1))
+    picture = page_wide(split.picture(index).expand(3, -1, -1))
     seen = tuple(image.shape[-2:])
     stride = next(each for each in model.feature_info.strides if (-(-seen[0] // each), -(-seen[1] // each)) == cells)
     place = partial(placed, stride=stride, seen=seen, page=tuple(picture.shape[-2:]))
@@ -140,11 +140,11 @@ def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> boo
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="yellow", outline="black")
     x, y = place(torch.tensor([width // 2, height // 2])).tolist()
     draw.rectangle((x - 4, y - 4, x + 4, y + 4), outline="red", width=2)
-    _save(page, path)
+    save_picture(page, path)
     return True
 
 
-def _save(page: Image.Image, path: Path) -> None:
+def save_picture(page: Image.Image, path: Path) -> None:
     partial = path.with_name(f".tmp-{path.name}")
     page.save(partial, format="PNG")
     partial.replace(path)

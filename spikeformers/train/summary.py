@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from spikeformers.data.detection import DetectionData
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.splits import KINDS
 from spikeformers.quantize import size
@@ -106,7 +107,34 @@ class SegmentationSummary(FinishedTask):
     colours: list[list[int]]
 
 
-AnySummary = Summary | PretrainSummary | SegmentationSummary
+@dataclass(frozen=True, kw_only=True)
+class DetectionSummary(FinishedTask):
+    """A finished detection. Average precisions 0..1, at the last epoch, on the whole test split of `images` pictures.
+
+    `floor_*`: of the same boxes in every picture, fitted to the training set. Classes and areas that the split does not
+    hold have None. `curves`: precision of each class at the recalls 0, 0.01, ... 1, for boxes with an IoU of 0.5; -1
+    without such objects. `integer_agreement` is of detections.
+    """
+
+    METRIC: ClassVar[str] = "map"
+    map: float
+    ap50: float
+    ap75: float
+    best_map: float
+    floor_map: float
+    floor_ap50: float
+    by_area: dict[str, float | None]
+    per_class_ap: dict[str, float | None]
+    per_class_ap50: dict[str, float | None]
+    curves: dict[str, list[float]]
+    mask_map: float | None  # None without masks
+    mask_ap50: float | None
+    images: int
+    integer_refused: str  # why there is no integer engine; "" if there is one
+    colours: list[list[int]]
+
+
+AnySummary = Summary | PretrainSummary | SegmentationSummary | DetectionSummary
 
 
 def finish(
@@ -186,14 +214,22 @@ def read_summary(run: Path) -> AnySummary:
 
 def kind_of_summary(recipe: dict) -> type[AnySummary]:
     """What a run of a stored recipe leaves."""
-    if segments(recipe):
-        return SegmentationSummary
-    return PretrainSummary if pretrains(recipe) else Summary
+    dense = {SegmentationData: SegmentationSummary, DetectionData: DetectionSummary}
+    return dense.get(_kind(recipe), PretrainSummary if pretrains(recipe) else Summary)
 
 
 def segments(recipe: dict) -> bool:
     """Whether a stored recipe is one of segmentation."""
-    return KINDS.get(recipe.get("data", {}).get("source")) is SegmentationData
+    return _kind(recipe) is SegmentationData
+
+
+def detects(recipe: dict) -> bool:
+    """Whether a stored recipe is one of detection."""
+    return _kind(recipe) is DetectionData
+
+
+def _kind(recipe: dict) -> type | None:
+    return KINDS.get(recipe.get("data", {}).get("source"))
 
 
 def pretrains(recipe: dict) -> bool:

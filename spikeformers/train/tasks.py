@@ -1,6 +1,6 @@
 """What is learnt: classification by cross-entropy, on mixed images and from a teacher if the recipe says so.
 
-The other tasks are in pretraining.py (masked) and segmentation.py; `Task` is what the loop asks of each.
+The other tasks are in pretraining.py (masked), segmentation.py and detection.py; `Task` is what the loop asks of each.
 
 Distillation: Touvron et al., ICML 2021 (DeiT), Eqs. 2-3, as Meta-SpikeFormer uses it.
 The teacher is any network of timm.
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spikeformers.data.augment import mixing
+from spikeformers.data.detection import DetectionData
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.splits import Split
 from spikeformers.distill import FineGrainedDistillation, cost
+from spikeformers.train.detection import ObjectDetection
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
 from spikeformers.train.parallel import local_bn
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import Distill, FineGrained, Recipe, Segmentation
+from spikeformers.train.recipe import Distill, FineGrained, Recipe, refuse_segmentation
 from spikeformers.train.saved import read_trained
 from spikeformers.train.segmentation import SemanticSegmentation
 from spikeformers.train.summary import finish
@@ -198,9 +200,9 @@ def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
     """The task of a recipe, for a training `split`. Raises ValueError for settings that cannot work together."""
     if isinstance(recipe.data, SegmentationData):
         return SemanticSegmentation(recipe, split=split, device=device)
-    for field, value in asdict(recipe.segmentation).items():
-        if value != getattr(Segmentation(), field):
-            raise ValueError(f"segmentation.{field}={value} is of no use with pictures without masks: leave it out")
+    if isinstance(recipe.data, DetectionData):
+        return ObjectDetection(recipe, split=split)
+    refuse_segmentation(recipe)
     if recipe.pretrain.mask_ratio:
         if recipe.quantize.chosen() is not None or recipe.fgd.teacher:
             raise ValueError(

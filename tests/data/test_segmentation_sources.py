@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from spikeformers.data import SegmentationData, load_segmentation_split, segmentation_sources
+from spikeformers.data import archive as archive_files
 from spikeformers.data.segmentation_sources import default_colours, listing, read_classes
 
 VALUES = np.arange(12, dtype=np.uint8).reshape(3, 4)
@@ -172,11 +173,11 @@ def test_each_process_opens_an_archive_for_itself_and_reads_the_same(tmp_path, d
     split[0]  # opens the archive here, before the workers are forked
     found = [int(mask[0, 0, 0]) for _, mask in DataLoader(split, batch_size=1, num_workers=2)]
     assert found == [i % 11 for i in range(12)]
-    here = segmentation_sources._opened_zip(archive)
-    assert segmentation_sources._opened_zip(archive) is here
+    here = archive_files.opened_zip(archive)
+    assert archive_files.opened_zip(archive) is here
     # A file's position is shared after a fork: two processes reading at once would get each other's bytes.
-    monkeypatch.setattr(segmentation_sources.os, "getpid", lambda: -1)
-    assert segmentation_sources._opened_zip(archive) is not here
+    monkeypatch.setattr(archive_files.os, "getpid", lambda: -1)
+    assert archive_files.opened_zip(archive) is not here
 
 
 def test_a_mask_folder_has_its_classes_in_a_file_or_in_the_spec(mask_folder):

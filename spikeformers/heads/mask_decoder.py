@@ -222,7 +222,8 @@ class MaskDecoder(nn.Module):
             for memory, embedding in zip(memories, self.level_embeddings, strict=True)
         ]
         positions = self.query_positions.mT[None, :, None]
-        states = [self.query_features.mT[None, :, None].expand(len(memories[0]), -1, -1, -1)]
+        batch = memories[0].shape[0]  # len() would fix it in an exported graph
+        states = [self.query_features.mT[None, :, None].expand(batch, -1, -1, -1)]
         for index, layer in enumerate(self.layers):
             states.append(layer(states[-1], positions, *levels[index % len(levels)]))
         return states

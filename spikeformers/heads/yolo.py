@@ -237,7 +237,7 @@ class YOLO(nn.Module):
 
     def forward(
         self,
-        maps: Sequence[Float[Tensor, "TB _ _ _"]],
+        maps: Sequence[Real[Tensor, "TB _ _ _"]],
         *,
         image_size: tuple[int, int],
         targets: Sequence[Target] | None = None,

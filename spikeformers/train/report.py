@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import jinja2
 import numpy as np
@@ -20,13 +21,13 @@ from PIL import Image
 
 from spikeformers.data.augment import to_pil
 from spikeformers.data.splits import load_split
-from spikeformers.train import segmentation_report
+from spikeformers.train import detection_report, segmentation_report
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.logs import read_log
 from spikeformers.train.pretraining import PICTURES
 from spikeformers.train.recipe import from_json
 from spikeformers.train.results import duration, reached, short
-from spikeformers.train.summary import pretrains, segments
+from spikeformers.train.summary import detects, pretrains, segments
 
 CHART_WIDTH, CHART_HEIGHT = 440, 250  # units of the drawing, about the pixels of a phone, so that text stays readable
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46, 12, 12, 32
@@ -46,7 +47,8 @@ def write_report(run: Path) -> Path:
     summary = read_json(run / "summary.json") if (run / "summary.json").is_file() else None
     epochs, steps = (read_log(run, kind) if (run / "log.jsonl").is_file() else [] for kind in ("epoch", "step"))
     pictures, picture_note = sample_pictures(recipe, summary)
-    agreement = None if segments(recipe) else (summary or {}).get("integer_agreement")
+    dense = dense_page(recipe)
+    agreement = None if dense else (summary or {}).get("integer_agreement")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = pages.get_template("report.html.j2").render(
@@ -57,7 +59,7 @@ def write_report(run: Path) -> Path:
         tiles=headline(summary) if summary else [],
         curves=curves(epochs, steps),
         palette=PALETTE,
-        confusion=confusion_table(segmentation_report.in_percent(summary) if segments(recipe) else summary),
+        confusion=confusion_table(segmentation_report.in_percent(summary) if summary and segments(recipe) else summary),
         pictures=pictures,
         picture_note=picture_note,
         layers=layer_bars(summary),
@@ -66,9 +68,11 @@ def write_report(run: Path) -> Path:
         agreement=agreement,
         reached=reached(agreement) if agreement else "",
         segments=segments(recipe),
-        classes=segmentation_report.class_bars(summary),
-        drawn=[(as_png(Image.open(path)), caption) for path, caption in segmentation_report.pictures_of(run)],
-        engine_note=segmentation_report.engine_note(summary),
+        precision=precision_chart(summary) if summary and detects(recipe) else None,
+        classes=dense.class_bars(summary) if dense and summary else [],
+        class_heading=dense.CLASS_HEADING if dense else "",
+        drawn=[(as_png(Image.open(path)), caption) for path, caption in dense.pictures_of(run)] if dense else [],
+        engine_note=dense.engine_note(summary) if dense and summary else "",
         reconstructions=reconstructions(run),
         normalised=recipe.get("pretrain", {}).get("normalise_target", False),
         recipe=sorted_recipe(recipe),
@@ -93,10 +97,17 @@ def progress_line(recipe: dict, epochs: Sequence[dict], summary: dict | None) ->
     return f"This run is not finished: {len(epochs)}{of} epochs so far. Results appear here when it ends."
 
 
+def dense_page(recipe: dict) -> ModuleType | None:
+    """What knows the pages of a dense task; None for others."""
+    if segments(recipe):
+        return segmentation_report
+    return detection_report if detects(recipe) else None
+
+
 def headline(summary: dict) -> list[dict]:
     """The tiles at the top: label, value and a small line below each."""
-    if segments(summary["recipe"]):
-        rows = segmentation_report.tiles(summary)
+    if dense := dense_page(summary["recipe"]):
+        rows = dense.tiles(summary)
     else:
         rows = pretraining_tiles(summary) if pretrains(summary["recipe"]) else training_tiles(summary)
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
@@ -179,6 +190,8 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
         ("Loss", {"train": "train_loss", "test": "test_loss"}, 1),
         ("Accuracy, %", {"test": "test_accuracy"}, 100),
         ("mIoU, %", {"test": "test_miou"}, 100),
+        ("Average precision, %", {"mAP": "test_map", "AP50": "test_ap50", "AP75": "test_ap75"}, 100),
+        ("Masks, %", {"mAP": "test_mask_map", "AP50": "test_mask_ap50", "AP75": "test_mask_ap75"}, 100),
         ("Pixels right, %", {"all": "test_pixel_accuracy", "mean of classes": "test_mean_accuracy"}, 100),
         ("Firing rate, %", {"mean of neurons": "firing_rate"}, 100),
         ("Learning rate", {"rate": "lr"}, 1),
@@ -194,6 +207,11 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
         points = [(entry["step"], entry["loss"]) for entry in steps if finite(entry.get("loss"))]
         drawn.insert(0, draw("Loss by step", {"train": points}, "step"))
     return [chart for chart in drawn if chart is not None]
+
+
+def precision_chart(summary: dict) -> Curve | None:
+    """Precision by recall of a detector's boxes."""
+    return draw("Precision, %", detection_report.precisions(summary), "recall in %, boxes with an IoU of 0.5")
 
 
 def finite(value: object) -> bool:
@@ -297,7 +315,7 @@ def sample_pictures(recipe: dict, summary: dict | None) -> tuple[list[tuple[str,
     says so and the report goes on without them.
     """
     predictions = (summary or {}).get("predictions")
-    if pretrains(recipe) or segments(recipe):
+    if pretrains(recipe) or dense_page(recipe):
         return [], ""
     if not predictions:
         return [], "" if summary is None else "This run stored no predictions of single images."

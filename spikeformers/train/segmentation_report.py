@@ -7,6 +7,7 @@ import numpy as np
 from spikeformers.train.results import pixels_agreeing, short
 from spikeformers.train.segmentation_pictures import QUERIES, SAMPLES, SAMPLING
 
+CLASS_HEADING = "IoU of each class"
 MASK_NEURON = "mask_spikes.neuron"  # of Spike2Former: the last one, whose spikes meet the pixels
 _CAPTIONS = {
     SAMPLES: "Test pictures, their labels, and the classes that the network gives to their pixels.",
@@ -39,11 +40,9 @@ def tiles(summary: dict) -> list[tuple[str, str, str]]:
     return rows
 
 
-def class_bars(summary: dict | None) -> list[dict]:
+def class_bars(summary: dict) -> list[dict]:
     """IoU of every class with its colour, best first; classes without any pixel are left out."""
-    ious = {name: iou for name, iou in ((summary or {}).get("per_class_iou") or {}).items() if iou is not None}
-    if not ious:
-        return []
+    ious = {name: iou for name, iou in summary["per_class_iou"].items() if iou is not None}
     colours = {name: f"rgb{tuple(rgb)}" for name, rgb in zip(summary["classes"], summary["colours"], strict=True)}
     return [
         {"name": name, "width": round(100 * iou, 2), "text": f"{100 * iou:.1f} %", "colour": colours[name]}
@@ -56,17 +55,13 @@ def pictures_of(run: Path) -> list[tuple[Path, str]]:
     return [(run / name, caption) for name, caption in _CAPTIONS.items() if (run / name).is_file()]
 
 
-def engine_note(summary: dict | None) -> str:
-    """A sentence about the integer engine; empty for other tasks."""
-    if "integer_refused" not in (summary or {}):
-        return ""
+def engine_note(summary: dict) -> str:
+    """A sentence about the integer engine."""
     return pixels_agreeing(summary["integer_agreement"], refused=summary["integer_refused"])
 
 
-def in_percent(summary: dict | None) -> dict | None:
+def in_percent(summary: dict) -> dict:
     """A summary whose confusion is whole per cents of the pixels of each true class, which fit into a table."""
-    if summary is None:
-        return None
     counts = np.asarray(summary["confusion"], dtype=np.float64)
     shares = np.rint(100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)).astype(int)
     return summary | {"confusion": shares.tolist()}

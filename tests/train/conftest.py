@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from spikeformers.data.augment import Augment
+from spikeformers.data.detection import DetectionData
+from spikeformers.data.detection_augment import DetectionAugment
 from spikeformers.data.images import ImageData
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.segmentation_augment import SegmentationAugment
@@ -54,6 +56,26 @@ def segmenting(tiny, painted) -> Callable[..., Recipe]:
             options={"heads": 2, "neck_dim": 8, "fpn_dim": 8},
         ),
         optim=Optim(lr=5e-3, schedule="poly", rates={"head": 2.0}, clip_grad=1.0),
+        batch_size=2,
+        testing=Testing(energy_images=2, integer_images=2),
+    )
+    return lambda **changes: dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture
+def detecting(tiny, coco_folder) -> Callable[..., Recipe]:
+    """The same backbone with a small YOLO on the pictures of `coco_folder`; call with fields of `Recipe` to change."""
+    recipe = tiny(
+        name="detecting",
+        data=DetectionData(root=str(coco_folder), size=(32, 32), augment=DetectionAugment(flip=0.5)),
+        model=ModelChoice(
+            name="meta_spikeformer_15m_yolo",
+            neuron="i_lif",
+            dims=(8, 8, 8, 8),
+            blocks=(1, 0, 0, 1, 0),
+            options={"heads": 2, "dim": 8, "anchors": (8.0,) * 6 + (12.0,) * 6 + (16.0,) * 6},
+        ),
+        optim=Optim(lr=5e-3, clip_grad=1.0),
         batch_size=2,
         testing=Testing(energy_images=2, integer_images=2),
     )

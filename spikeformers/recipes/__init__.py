@@ -4,7 +4,16 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
-from spikeformers.recipes import bccd, camvid, meta_spikeformer, qsd_transformer, quick, spike2former, spikformer
+from spikeformers.recipes import (
+    bccd,
+    camvid,
+    meta_spikeformer,
+    pennfudan,
+    qsd_transformer,
+    quick,
+    spike2former,
+    spikformer,
+)
 from spikeformers.train.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -24,6 +33,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "camvid_fpn": camvid.fpn_gpu,
     "camvid_spike2former": camvid.spike2former_gpu,
     "bccd_yolo_small": bccd.yolo_small,
+    "pennfudan_mask_rcnn_small": pennfudan.mask_rcnn_small,
     "spike2former_ade20k": spike2former.ade20k,
     "spike2former_cityscapes": spike2former.cityscapes,
     "spike2former_voc": spike2former.voc,
@@ -47,7 +57,10 @@ for _size in ("15m", "55m"):
     for _data in ("ade20k", "voc", "voc_aug"):
         RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}"] = partial(meta_spikeformer.fpn, _size, _data)
         RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}_t4"] = partial(meta_spikeformer.fpn_t4, _size, _data)
+    RECIPES[f"meta_spikeformer_{_size}_mask_rcnn_coco"] = partial(meta_spikeformer.mask_rcnn, _size)
+RECIPES["meta_spikeformer_15m_yolo_coco"] = meta_spikeformer.yolo
 for _size in ("t", "m"):
+    RECIPES[f"qsd_transformer_{_size}_mask_rcnn_coco"] = partial(qsd_transformer.mask_rcnn, _size)
     RECIPES[f"qsd_transformer_{_size}_fpn_ade20k"] = partial(qsd_transformer.fpn_ade20k, _size)
 RECIPES["spikformer_8_384_w4_imagenet"] = qsd_transformer.spikformer_imagenet
 RECIPES["spikformer_8_384_w4_imagenet_ann"] = qsd_transformer.spikformer_imagenet_ann

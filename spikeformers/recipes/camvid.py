@@ -116,7 +116,7 @@ def backbone() -> Recipe:
         init=Init(balance=True),
         optim=Optim(lr=2e-3, warmup_epochs=0.5, weight_decay=0.05, clip_grad=1.0),
         testing=Testing(every=2, images=1_000, integer_images=100),
-        epochs=8,
+        epochs=4,
         batch_size=32,
         threads=1,
     )

@@ -95,7 +95,7 @@ def learning_rate(step: int, *, steps_per_epoch: int, epochs: int, peak: float, 
         return optim.warmup_lr + (peak - optim.warmup_lr) * epoch / optim.warmup_epochs
     start = 0 if optim.per_epoch else optim.warmup_epochs
     done = (epoch - start) / (end - start)
-    left = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
+    left = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else (1 - done) ** optim.power
     return floor + (peak - floor) * left
 
 

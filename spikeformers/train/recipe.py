@@ -42,7 +42,8 @@ class Optim:
     name: str = "adamw"
     lr: float = 1e-3
     lr_batch: int = 0  # lr is for this many images a step and scales with the real number; 0: lr is used as it is
-    schedule: typing.Literal["cosine", "poly"] = "cosine"  # down to min_lr: half a cosine, or a straight line (power 1)
+    schedule: typing.Literal["cosine", "poly"] = "cosine"  # down to min_lr: half a cosine, or (what is left) ** power
+    power: float = 1.0  # of poly; 1: a straight line
     min_lr: float = 1e-6
     warmup_epochs: float = 0.0  # linear from warmup_lr; then the schedule
     warmup_lr: float = 0.0  # like min_lr not scaled by lr_batch
@@ -208,6 +209,8 @@ class Recipe:
         for part, factor in self.optim.rates.items():
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
                 raise ValueError(f"optim.rates.{part} must be a factor above 0, such as 0.1, got {factor!r}")
+        if self.optim.power <= 0 or (self.optim.schedule != "poly" and self.optim.power != 1):
+            raise ValueError(f"optim.power must be above 0, and is of optim.schedule=poly, got {self.optim.power}")
         if self.optim.cooldown_epochs >= self.epochs:
             raise ValueError(
                 f"optim.cooldown_epochs must be below epochs, got {self.optim.cooldown_epochs} of {self.epochs}: "

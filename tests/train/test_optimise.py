@@ -5,8 +5,9 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from spikeformers.data.images import ImageData
 from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
-from spikeformers.train.recipe import Optim
+from spikeformers.train.recipe import Optim, Recipe
 from spikeformers.zoo import create_model
 
 
@@ -113,6 +114,14 @@ def test_the_poly_schedule_falls_in_a_straight_line_behind_the_warm_up():
     rates = [learning_rate(step, steps_per_epoch=4, epochs=5, peak=1.0, optim=optim) for step in range(21)]
     assert rates[:4] == [0, 0.25, 0.5, 0.75]
     assert rates[4:] == pytest.approx([1 - step / 16 for step in range(17)])
+
+
+def test_a_power_bends_the_poly_schedule_and_needs_one():
+    optim = Optim(schedule="poly", power=0.9, min_lr=0.0)
+    rates = [learning_rate(step, steps_per_epoch=10, epochs=1, peak=2.0, optim=optim) for step in (0, 5)]
+    assert rates == pytest.approx([2.0, 2.0 * 0.5**0.9])
+    with pytest.raises(ValueError, match=r"optim\.power must be above 0, and is of optim\.schedule=poly, got 0\.9"):
+        Recipe(name="bent", data=ImageData(), optim=Optim(power=0.9))
 
 
 def test_the_poly_schedule_ends_at_the_least_rate():

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
+    from spikeformers.deploy import Artifact, ModelCard
     from spikeformers.energy.report import EnergyReport
+    from spikeformers.train.prediction import Picture, PixelPredictor
     from spikeformers.train.recipe import Recipe
 
 SEEN = 5  # classes that `predict` prints
@@ -74,8 +76,7 @@ def predict(arguments: Namespace) -> None:
     model, spec, classes = read_trained(arguments.model)
     if not isinstance(spec, ImageData):
         return predict_pixels(arguments)
-    if arguments.out:
-        raise ValueError("--out is for pictures with the classes of pixels: this network gives one to each picture")
+    refuse_out(arguments)
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
     if run_of(Path(arguments.model)) is None:
         print(
@@ -89,22 +90,39 @@ def predict(arguments: Namespace) -> None:
         print_likely(logits, classes)
 
 
+def refuse_out(arguments: Namespace) -> None:
+    """Raises ValueError for a folder of overlays, where none are drawn."""
+    if arguments.out:
+        raise ValueError("--out is for pictures with the classes of pixels: this network gives one to each picture")
+
+
 def predict_pixels(arguments: Namespace) -> None:
     """The share of each class among the pixels of each image, and a picture of where they are."""
     from spikeformers import energy
-    from spikeformers.train.prediction import PixelPredictor
+    from spikeformers.train.prediction import trained_predictor
+
+    predictor = trained_predictor(arguments.model)
+    for file, image, target in to_paint(predictor, arguments):
+        print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
+        paint(predictor, image, target)
+
+
+def to_paint(predictor: "PixelPredictor", arguments: Namespace) -> "list[tuple[str, Picture, Path]]":
+    """All files, read, with where their overlays go: first, so that there is no half answer."""
+    targets = overlay_files(arguments.files, folder=Path(arguments.out))
+    images = [predictor.read(Path(file)) for file in arguments.files]
+    return list(zip(arguments.files, images, targets, strict=True))
+
+
+def paint(predictor: "PixelPredictor", image: "Picture", target: Path) -> None:
+    """Print the share of each class, and write the overlay."""
     from spikeformers.train.segmentation_pictures import shares_of
 
-    predictor = PixelPredictor(arguments.model)
-    targets = overlay_files(arguments.files, folder=Path(arguments.out))
-    images = [predictor.read(Path(file)) for file in arguments.files]  # all of them first: no half answer
-    for file, image, target in zip(arguments.files, images, targets, strict=True):
-        labels = predictor.labels(image)
-        print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
-        for index, share in shares_of(labels):
-            print(f"  {100 * share:6.2f} %  {predictor.classes[index]}")
-        predictor.picture(image, labels).save(target)
-        print(f"  written: {target}")
+    labels = predictor.labels(image)
+    for index, share in shares_of(labels):
+        print(f"  {100 * share:6.2f} %  {predictor.classes[index]}")
+    predictor.picture(image, labels).save(target)
+    print(f"  written: {target}")
 
 
 def overlay_files(files: Sequence[str], *, folder: Path) -> list[Path]:
@@ -129,8 +147,6 @@ def spent(found: "EnergyReport") -> str:
 def predict_by_artifact(arguments: Namespace) -> None:
     """The same from the one file that `export` writes: the energy is the mean that its card holds."""
     from spikeformers.deploy import load
-    from spikeformers.train.results import short
-    from spikeformers.train.saved import class_labels, read_picture
 
     try:
         model = load(arguments.model, backend=arguments.backend)
@@ -141,15 +157,40 @@ def predict_by_artifact(arguments: Namespace) -> None:
             f"{arguments.model} does not say how to prepare pictures: it takes clips, or was saved without; run it by "
             "spikeformers.deploy.load in Python"
         )
+    answer = paint_by_artifact if model.segments else classify_by_artifact
+    answer(model, arguments)
+
+
+def classify_by_artifact(model: "Artifact", arguments: Namespace) -> None:
+    from spikeformers.train.saved import class_labels, read_picture
+
+    refuse_out(arguments)
     images = [read_picture(Path(file), model.preprocessing) for file in arguments.files]  # first: no half answer
     classes = model.labels or class_labels(model.engine.config.num_classes)
-    card = model.card
-    if card.energy_mj is not None:
-        ann = "" if card.ann_energy_mj is None else f"{short(card.ann_energy_mj)} mJ as an ANN, "
-        print(f"By its card {short(card.energy_mj)} mJ a picture on average ({ann}{card.energy_convention})")
+    print_energy(model.card)
     for file, image in zip(arguments.files, images, strict=True):
         print(f"{file}:")
         print_likely(model(image[None])[0], classes)
+
+
+def paint_by_artifact(model: "Artifact", arguments: Namespace) -> None:
+    from spikeformers.train.prediction import file_predictor
+
+    predictor = file_predictor(model, name=arguments.model)
+    jobs = to_paint(predictor, arguments)
+    print_energy(model.card)
+    for file, image, target in jobs:
+        print(f"{file}:")
+        paint(predictor, image, target)
+
+
+def print_energy(card: "ModelCard") -> None:
+    """What the card of a file tells, if it does."""
+    from spikeformers.train.results import short
+
+    if card.energy_mj is not None:
+        ann = "" if card.ann_energy_mj is None else f"{short(card.ann_energy_mj)} mJ as an ANN, "
+        print(f"By its card {short(card.energy_mj)} mJ a picture on average ({ann}{card.energy_convention})")
 
 
 def print_likely(logits: "Tensor", classes: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 if TYPE_CHECKING:
-    from spikeformers.train.exporting import Exportable
+    from spikeformers.train.exportable import Exportable
 
 SUFFIXES = {"spk": ".spk", "onnx": ".onnx"}
 NIR_FOLDER = "nir"
@@ -20,10 +20,10 @@ def export(arguments: Namespace) -> None:
     check_options(arguments)
     import torch
 
-    from spikeformers.train import exporting
+    from spikeformers.train.exportable import read_exportable
     from spikeformers.train.results import print_facts
 
-    subject = exporting.read_exportable(Path(arguments.run))
+    subject = read_exportable(Path(arguments.run))
     if subject.recipe.threads:  # as the run was tested: float32 sums depend on the number of threads
         torch.set_num_threads(subject.recipe.threads)
     if Path(arguments.run) != subject.run and not arguments.out:
@@ -68,18 +68,19 @@ def write_spk(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
     """One file of this package's own."""
     from spikeformers.deploy import save
     from spikeformers.train import exporting
-    from spikeformers.train.saved import preprocessing_of
 
-    engine, backend = exporting.engine_of(subject), arguments.backend
+    backend = arguments.backend
+    if backend != "torch":
+        exporting.check_one_size(subject, images=arguments.images, what=f"--backend {backend}")
+    engine = exporting.engine_of(subject)
     runner = engine if backend == "torch" else exporting.engine_of(subject, backend=backend)
     found = exporting.compared(subject, runner, images=arguments.images)
     card = exporting.card_of(subject, found, license_note=arguments.license)
-    about = {"preprocessing": preprocessing_of(subject.recipe.data), "labels": subject.summary.classes}
     timed = exporting.latency_fact(subject, runner, backend=backend)
-    save(engine, out, **about, card=card)
+    save(engine, out, **subject.about(), card=card)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    facts = [exporting.size_fact(subject, out), *found.facts(), timed, exporting.energy_fact(subject)]
-    return [*facts, ("SHA-256", digest)]
+    kept = exporting.comparison_facts(subject, found)
+    return [exporting.size_fact(subject, out), *kept, timed, exporting.energy_fact(subject), ("SHA-256", digest)]
 
 
 def write_onnx(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
@@ -87,13 +88,15 @@ def write_onnx(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
     from spikeformers.deploy.onnx import export_onnx
     from spikeformers.train import exporting
 
+    exporting.check_one_size(subject, images=arguments.images, what="an ONNX file")
     engine = exporting.engine_of(subject)
     found = exporting.compared(subject, engine, images=arguments.images)
     export_onnx(engine, subject.image(), out, form=arguments.form or ONNX_FORMS[0])
-    runner = exporting.onnx_runner(out)
+    runner = exporting.onnx_runner(out, engine(subject.image()))
     told = exporting.onnx_fact(subject, engine, runner, images=arguments.images)
     timed = exporting.latency_fact(subject, runner, backend="onnxruntime")
-    return [exporting.size_fact(subject, out), *found.facts(), told, timed, exporting.energy_fact(subject)]
+    kept = exporting.comparison_facts(subject, found)
+    return [exporting.size_fact(subject, out), *kept, told, timed, exporting.energy_fact(subject)]
 
 
 def write_nir(subject: "Exportable", out: Path, _: Namespace) -> Facts:

@@ -1,11 +1,12 @@
 """Deployment: merged layers and integer inference."""
 
-from spikeformers.deploy.artifact import Artifact, ModelCard, Preprocessing, load, save
+from spikeformers.deploy.artifact import Artifact, ModelCard, load, save
 from spikeformers.deploy.audit import AuditReport, audit
 from spikeformers.deploy.fuse import fuse
 from spikeformers.deploy.nir import LeftOut, NIRPart, NIRReport, export_nir
 from spikeformers.deploy.onnx import export_onnx
 from spikeformers.deploy.openvino import OpenVINOModel
+from spikeformers.deploy.pictures import Framing, Preprocessing
 from spikeformers.deploy.runtime import Agreement, IntegerModel, IntegerReport, LayerReport, integer
 from spikeformers.deploy.unroll import BinarySpikes, IFNeuron, summed, unroll
 from spikeformers.deploy.verdict import AuditRow, Merge
@@ -16,6 +17,7 @@ __all__ = [
     "AuditReport",
     "AuditRow",
     "BinarySpikes",
+    "Framing",
     "IFNeuron",
     "IntegerModel",
     "IntegerReport",

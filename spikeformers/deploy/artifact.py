@@ -1,4 +1,4 @@
-"""One file that is a whole model: the integer engine, how to prepare pictures, class names, and a card; no code.
+"""One file that is a whole model: integer engine, how to prepare pictures, class names, colours, and a card; no code.
 
 `container.py` is the bytes. Loading builds the network from a closed table of configs, without memory, lets the engine
 take the places that its description names, and only then, if every tensor is of the size and type it must be, reads
@@ -24,6 +24,7 @@ from spikeformers.backbones.spikformer import SpikformerConfig
 from spikeformers.deploy import container
 from spikeformers.deploy.container import Content
 from spikeformers.deploy.outputs import same_outputs
+from spikeformers.deploy.pictures import Framing, Preprocessing, told_by
 from spikeformers.deploy.runtime import BACKENDS, IntegerModel
 from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
 from spikeformers.layers.pretrained import write_files
@@ -61,54 +62,25 @@ WHOLE = ("in_channels", "out_channels", "groups", "bits", "max_count", "levels")
 ENGINE_TYPES = dict.fromkeys(WHOLE, int) | {"unit": float, "scale": float, "fused": bool}
 """What `IntegerModel.describe` tells of modules by these names; torch would take True for 1, or fail when it runs."""
 LARGEST_NUMBER = 2**24  # of all these, or its negative
-LONGEST_NAME, LONGEST_TEXT, LONGEST_SIDE = 60, 1000, 2048  # characters, of names in a config and of others; pixels
-SIDE = 128  # of the random picture that a new file is tried with, where nothing says how large pictures are
+LONGEST_NAME, LONGEST_TEXT = 60, 1000  # characters, of names in a config and of others
+SIZE = (128, 128)  # of the random picture that a new file is tried with, where nothing says how large pictures are
 HEADER = {"version", "network", "engine", "preprocessing", "labels", "card"}
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes the model's input: short side to `size / crop` pixels, centre `size` x `size`, normalised.
-
-    `channels`: 1 grey or 3 RGB. `mean`, `std`: of each channel, for pixels in 0..1. `interpolation`: bicubic, bilinear.
-    Raises ValueError for values that cannot be.
-    """
-
-    size: int
-    crop: float
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        whole = type(self.size) is int and self.size >= 1 and self.channels in (1, 3)
-        crop = type(self.crop) in (int, float) and 0 < self.crop <= 1 and self.size <= LONGEST_SIDE * self.crop
-        if not (whole and crop):
-            raise ValueError(
-                f"pictures have 1 or 3 channels and size / crop is at most {LONGEST_SIDE} pixels with a crop above 0 "
-                f"and at most 1, got size={self.size!r}, crop={self.crop!r}, channels={self.channels!r}"
-            )
-        for name, least in (("mean", -1e6), ("std", 1e-6)):
-            values = getattr(self, name)
-            numbers = isinstance(values, tuple) and all(type(each) in (int, float) for each in values)
-            if not (numbers and len(values) == self.channels and all(least <= each <= 1e6 for each in values)):
-                raise ValueError(f"{name} must be a tuple of {self.channels} numbers, {least:g} to 1e6, got {values!r}")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}")
+OPTIONAL = {"colours"}  # of a header; files of classifiers have none
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """What somebody who gets the file should know; None or "": not known.
 
-    `accuracy`, 0..1: of the engine, over `images` test images of `data`. Energies: mJ an image, of the spiking network
-    and of the same one as an ANN, by `energy_convention`. `source`: what it was trained by. `license`: of the weights.
+    `accuracy`, 0..1: right answers of the engine (classes of images, or of pixels) over `images` test images of `data`;
+    `miou`: of one that gives classes to pixels. Energies: mJ an image, of the spiking network and of the same one as an
+    ANN, by `energy_convention`. `source`: what it was trained by. `license`: of the weights.
     Raises ValueError for texts that cannot be printed, or numbers out of range.
     """
 
     model: str = ""
     accuracy: float | None = None
+    miou: float | None = None
     images: int | None = None
     data: str = ""
     energy_mj: float | None = None
@@ -121,7 +93,8 @@ class ModelCard:
     def __post_init__(self) -> None:
         for name in ("model", "data", "energy_convention", "source", "license"):
             _check_text(f"card.{name}", getattr(self, name))
-        for name, most in (("accuracy", 1), ("energy_mj", math.inf), ("ann_energy_mj", math.inf)):
+        limits = {"accuracy": 1, "miou": 1, "energy_mj": math.inf, "ann_energy_mj": math.inf}
+        for name, most in limits.items():
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, float) and 0 <= value <= most and math.isfinite(value)):
                 raise ValueError(f"card.{name} must be a number from 0 to {most}, or None, got {value!r}")
@@ -135,19 +108,26 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What `load` gives: the engine and what a file says about it. `labels`: one for each class; None: not known.
+    """What `load` gives: the engine and what a file says about it.
 
+    `labels`: one for each class; `colours`: red, green and blue of each, 0..255; None: not known.
     `openvino`: the same engine in OpenVINO, if `load` was asked for it; calls then go there.
     """
 
     engine: IntegerModel
-    preprocessing: Preprocessing | None
+    preprocessing: Preprocessing | Framing | None
     labels: tuple[str, ...] | None
     card: ModelCard
+    colours: tuple[tuple[int, int, int], ...] | None = None
     openvino: nn.Module | None = None
 
+    @property
+    def segments(self) -> bool:
+        """Whether it gives a class to each pixel, and not to each picture."""
+        return isinstance(self.engine.config, SegmenterConfig)
+
     def __call__(self, images: Tensor) -> Any:
-        """Images [B, C, H, W] or clip [T, B, C, H, W] -> what the engine gives: logits [B, num_classes], float32."""
+        """Images [B, C, H, W] or clip [T, B, C, H, W] -> what the engine gives, float32; logits of a classifier."""
         return (self.openvino or self.engine)(images)
 
     def semantic(self, output: Any, size: tuple[int, int]) -> Float[Tensor, "B L H W"]:
@@ -159,16 +139,17 @@ def save(
     engine: IntegerModel,
     path: str | Path,
     *,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Preprocessing | Framing | None = None,
     labels: Sequence[str] | None = None,
+    colours: Sequence[Sequence[int]] | None = None,
     card: ModelCard | None = None,
 ) -> Path:
     """Write `engine` to the one file `path`, in one step, replacing what is there; returns the path.
 
     Before that the bytes are loaded again and must give the same for a random picture, bit by bit.
     Raises ValueError for anything but an engine of the torch backend, if its network is none of the catalogue, was
-    changed by hand, or its config holds a builder that no file can name, and for labels or a preprocessing that do not
-    fit; OSError if the disk is full. Nothing is written then.
+    changed by hand, or its config holds a builder that no file can name, and for labels, colours (red, green, blue of
+    each class, 0..255) or a preprocessing that do not fit; OSError if the disk is full. Nothing is written then.
     """
     network = _describe_network(engine)
     header = {
@@ -179,9 +160,11 @@ def save(
         "labels": None if labels is None else list(labels),
         "card": dataclasses.asdict(card or ModelCard()),
     }
+    if colours is not None:
+        header["colours"] = [list(each) for each in colours]
     _read_about(header, _read_network(network))  # what the caller got wrong is told in plain words first
     content = container.encode(header, engine.state_dict())
-    _check_same(engine, content, side=preprocessing.size if preprocessing else SIDE)
+    _check_same(engine, content, size=(preprocessing and preprocessing.seen) or SIZE)
     path = Path(path)
     write_files(path.parent, {path.name: content})
     return path
@@ -199,15 +182,15 @@ def load(path: str | Path, *, backend: str = "torch") -> Artifact:
     artifact = _read(Path(path))
     if backend == "torch":
         return artifact
-    if artifact.preprocessing is None:
+    size = artifact.preprocessing and artifact.preprocessing.seen
+    if size is None:
         raise ValueError(
-            f"{path} does not tell the size of pictures, so load it for torch and use "
+            f"{path} does not tell one size of pictures, so load it for torch and use "
             "sf.deploy.OpenVINOModel(loaded.engine, images)"
         )
     from spikeformers.deploy.openvino import OpenVINOModel
 
-    side = artifact.preprocessing.size
-    picture = torch.zeros(1, artifact.preprocessing.channels, side, side)
+    picture = torch.zeros(1, artifact.preprocessing.channels, *size)
     return dataclasses.replace(artifact, openvino=OpenVINOModel(artifact.engine, picture))
 
 
@@ -225,10 +208,10 @@ def _read(path: Path) -> Artifact:
 
 def _assemble(content: Content) -> Artifact:
     """Build what `content` describes. May raise anything if that is nonsense."""
-    if content.header.keys() != HEADER:
+    if not HEADER <= content.header.keys() <= HEADER | OPTIONAL:
         raise ValueError(f"its header must have {', '.join(sorted(HEADER))}")
     config = _read_network(content.header["network"])
-    preprocessing, labels, card = _read_about(content.header, config)
+    about = _read_about(content.header, config)
     description = content.header["engine"]
     _check_modules(description["modules"])
     with torch.device("meta"):  # tensors without memory, whatever sizes they claim
@@ -242,7 +225,7 @@ def _assemble(content: Content) -> Artifact:
     _check_geometry(engine)
     engine = IntegerModel.rebuild(network, description, config=config)
     engine.load_state_dict({name: content.tensor(name) for name in content.table}, strict=True, assign=True)
-    return Artifact(engine.eval(), preprocessing, labels, card)
+    return Artifact(engine.eval(), **about)
 
 
 def _without_bits(config: Any) -> Any:
@@ -346,12 +329,11 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _read_about(header: dict[str, Any], config: Any) -> tuple[Preprocessing | None, tuple[str, ...] | None, ModelCard]:
-    """Preprocessing, labels and card of `header`, which must fit the network of `config`."""
-    preprocessing, labels, card = header["preprocessing"], header["labels"], header["card"]
+def _read_about(header: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Preprocessing, labels, colours and card of `header`, which must fit the network of `config`."""
+    preprocessing, labels, colours = header["preprocessing"], header["labels"], header.get("colours")
     if preprocessing is not None:
-        tuples = {name: tuple(preprocessing[name]) for name in ("mean", "std")}
-        preprocessing = Preprocessing(**preprocessing | tuples)
+        preprocessing = told_by(preprocessing)
         if preprocessing.channels != config.in_channels:
             raise ValueError(f"pictures of {preprocessing.channels} channels for a network of {config.in_channels}")
     if labels is not None:
@@ -360,7 +342,18 @@ def _read_about(header: dict[str, Any], config: Any) -> tuple[Preprocessing | No
         for label in labels:
             _check_text("a label", label)
         labels = tuple(labels)
-    return preprocessing, labels, ModelCard(**card)
+    if colours is not None:
+        if not isinstance(colours, list) or len(colours) != config.num_classes or not all(map(_is_colour, colours)):
+            raise ValueError(
+                f"colours must be a list of {config.num_classes} triples of whole numbers, 0 to 255, one for each class"
+            )
+        colours = tuple(map(tuple, colours))
+    card = ModelCard(**header["card"])
+    return {"preprocessing": preprocessing, "labels": labels, "colours": colours, "card": card}
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(e) is int and 0 <= e <= 255 for e in value)
 
 
 def _check_text(name: str, text: Any) -> None:
@@ -372,12 +365,12 @@ def _check_text(name: str, text: Any) -> None:
 
 
 @torch.no_grad()
-def _check_same(engine: IntegerModel, content: bytes, *, side: int) -> None:
+def _check_same(engine: IntegerModel, content: bytes, *, size: tuple[int, int]) -> None:
     """Raises ValueError if the file that `content` would be gives other logits than `engine`."""
     view = memoryview(bytearray(content))
     preamble, rest = bytes(view[: container.PREAMBLE]), view[container.PREAMBLE :]
     again = _assemble(container.parse(preamble, rest, name="the new file"))
-    picture = torch.randn(1, engine.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    picture = torch.randn(1, engine.config.in_channels, *size, generator=torch.Generator().manual_seed(0))
     if not same_outputs(again(picture), copy.deepcopy(engine).cpu()(picture)):
         raise ValueError(
             "this network is no longer what its config says (were layers or attributes changed by hand?), so a file "

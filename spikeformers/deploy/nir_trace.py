@@ -23,7 +23,7 @@ from spikeformers.deploy.wiring import METADATA
 from spikeformers.energy.firing import plain_name
 from spikeformers.neurons import Door, TimeMean
 
-SAME = (*RESHAPES, "contiguous", "clone", "detach", "to", "float", "double", "dropout")
+SAME = (*RESHAPES, "contiguous", "clone", "detach", "to", "float", "double", "dropout", "dropout2d")
 NUMBERS = ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__")
 
 

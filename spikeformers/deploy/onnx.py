@@ -40,8 +40,8 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, form: str
     input is called "images" or "clips", the output "logits", or as the fields of the tuple are called that the model
     gives ("class_logits" and "mask_logits" of Spike2Former); metadata tell name, steps and version.
     Floats are as wide as the model's parameters; onnxruntime has no float64 convolution, onnx's own reference has.
-    Raises ValueError for a form that the model has not or a model that gives no tensors, ImportError without the extra
-    "onnx", and OSError if the disk is full; an earlier file is then left as it was.
+    Raises ValueError for a form that the model has not, a model that gives no tensors or fixes the batch, ImportError
+    without the extra "onnx", and OSError if the disk is full; an earlier file is then left as it was.
     """
     graph = onnx_graph(model, images, form=form)
     path = Path(path)
@@ -114,7 +114,10 @@ def _traced(net: "_Flat", images: Tensor):
         custom_translation_table={torch.ops.aten.clamp.Tensor: _clip},
         verbose=False,
     )
-    return program.model_proto
+    proto = program.model_proto
+    if not proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_param:
+        raise ValueError("this network fixes the batch of its graph: has it len(x) where x.shape[0] would do?")
+    return proto
 
 
 def _clip(x, low=None, high=None):

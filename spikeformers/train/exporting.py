@@ -5,120 +5,89 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
-from spikeformers.data.images import ImageSplit, load_split
 from spikeformers.deploy import ModelCard, integer
 from spikeformers.deploy.agreement import listening
 from spikeformers.deploy.counts import CountNeuron
 from spikeformers.deploy.fuse import plain_copy
-from spikeformers.layers.pretrained import CONFIG
-from spikeformers.neurons import Neuron
+from spikeformers.deploy.outputs import largest_difference, named_outputs, predictions
 from spikeformers.quantize import FixedPointNorm, size
-from spikeformers.train.evaluate import batches_of, drawn
-from spikeformers.train.recipe import Recipe
+from spikeformers.train.evaluate import drawn
+from spikeformers.train.exportable import Exportable, in_share
 from spikeformers.train.results import short
-from spikeformers.train.saved import PACKED, read_classifier, run_of
-from spikeformers.train.summary import Summary, read_summary
-from spikeformers.zoo import CATALOGUE, from_pretrained
 
-BATCH = 8  # images at once, in float64
 WARM_UP, REPEATS = 3, 21
-
-
-@dataclass(frozen=True)
-class Exportable:
-    """A finished run of a spiking classifier: its network (the packed form, if there is one), and what is known of it.
-
-    `split`: its test images.
-    """
-
-    run: Path
-    model: nn.Module
-    recipe: Recipe
-    summary: Summary
-    split: ImageSplit
-
-    def image(self) -> Tensor:
-        """The first test image, [1, C, size, size]."""
-        return self.split[0][0][None]
-
-
-def read_exportable(source: Path) -> Exportable:
-    """Raises ValueError for anything but a finished run of a network that spikes, and says what to do instead."""
-    run = run_of(source) or source
-    if not (run / "recipe.json").is_file() and (run / CONFIG).is_file():
-        data = CATALOGUE[from_pretrained(run).origin.name].data
-        kind = "test clips" if data == "events" else "test images"
-        raise ValueError(
-            f"{source} is a saved model without its run, whose {kind} export needs: give the run, or use "
-            "spikeformers.deploy.integer and spikeformers.deploy.save in Python"
-        )
-    model, recipe, _ = read_classifier(run)
-    if source.name != "model" and (run / PACKED).is_dir():
-        model = from_pretrained(run / PACKED)
-    if not any(isinstance(module, Neuron) for module in model.modules()):
-        raise ValueError(f"{source} is an ANN: nothing in it spikes, so it has no integer form; give a spiking run")
-    summary, split = read_summary(run), load_split(recipe.data, "test", seed=recipe.seed)
-    if len(summary.predictions) != len(split):
-        raise ValueError(
-            f"{source} was tested on {len(summary.predictions):,} images, and {recipe.data.source} has {len(split):,} "
-            "now: put the test images back that it was trained with"
-        )
-    return Exportable(run, model, recipe, summary, split)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A network and its integer engine on the same test images.
 
-    `equal_counts`: share of all counts that are those of the float64 network; `flipped`: images where any is not;
-    `same`: images with the same prediction as it. `accuracies`: of the network as its run was tested, and of the
-    engine, 0..1.
+    `inputs`: what the network was given of `images` (the same, but for windows). `equal_counts`: share of all counts
+    that are those of the float64 network; `flipped`: inputs where any is not. `same`: inputs with the same predictions
+    as it; `share`: of all predictions. `before`, `after`: scores of network and engine, 0..1.
     """
 
     images: int
+    inputs: int
     equal_counts: float
     flipped: int
     same: int
-    accuracies: tuple[float, float]
-
-    def facts(self) -> list[tuple[str, str]]:
-        """Lines for a table."""
-        before, after = (100 * each for each in self.accuracies)
-        return [
-            ("Counts equal", f"{_share(self.equal_counts)} of the float64 network's"),
-            ("Images with a flip", f"{self.flipped:,} of {self.images:,}; same prediction for {self.same:,}"),
-            ("Accuracy", f"{before:.2f} % before, {after:.2f} % after, of {self.images:,} test images"),
-        ]
-
-
-def _share(equal: float) -> str:
-    """A share close to 1, without rounding to it what is less."""
-    if equal == 1:
-        return "all"
-    return f"{100 * equal:.3f} %" if equal < 0.9999 else f"all but {short(100 * (1 - equal))} %"
+    share: float
+    before: dict[str, float]
+    after: dict[str, float]
 
 
 @torch.no_grad()
 def compared(subject: Exportable, engine: nn.Module, *, images: int) -> Comparison:
     """Run both on `images` test images, the same at every call."""
-    chosen = drawn(len(subject.split), images)
-    loader = batches_of(subject.split, batch_size=BATCH, images=images)
-    found = engine.compare(copy.deepcopy(subject.model).double(), loader)
-    guesses = torch.cat([engine(batch).argmax(1) for batch, _ in loader])
-    labels = torch.as_tensor(subject.split.labels)[chosen]
-    before = torch.tensor(subject.summary.predictions)[chosen]
-    right = tuple(float((each == labels).double().mean()) for each in (before, guesses))
+    found = engine.compare(copy.deepcopy(subject.model).double(), subject.inputs(images))
     neurons = {name: each for name, each in engine.net.named_modules() if isinstance(each, CountNeuron)}
     with listening(neurons) as counts:
         engine(subject.image())
     sizes = {name: each.numel() for name, each in counts.items()}
     flips = sum(found.flip_rates[name] * sizes[name] for name in sizes) / sum(sizes.values())
-    return Comparison(found.total, 1 - flips, len(found.flipped), found.same, right)
+    return Comparison(
+        images=len(drawn(len(subject.split), images)),
+        inputs=found.total,
+        equal_counts=1 - flips,
+        flipped=len(found.flipped),
+        same=found.same,
+        share=found.equal,
+        before=subject.before(images),
+        after=subject.after(engine, images),
+    )
+
+
+def comparison_facts(subject: Exportable, found: Comparison) -> list[tuple[str, str]]:
+    """The lines about what the engine keeps of the network."""
+    flipped = f"{found.flipped:,} of {found.inputs:,}; {subject.agreeing(found.same, found.share)}"
+    rows = [
+        ("Counts equal", f"{in_share(found.equal_counts)} of the float64 network's"),
+        (f"{subject.unit.capitalize()} with a flip", flipped),
+    ]
+    for field, name in subject.SCORES.items():
+        scores = f"{100 * found.before[field]:.2f} % before, {100 * found.after[field]:.2f} % after"
+        rows.append((name, f"{scores}, of {found.images:,} test images"))
+    return rows
+
+
+def check_one_size(subject: Exportable, *, images: int, what: str) -> None:
+    """Raises ValueError if the network is given several sizes, of which a compiled graph takes one."""
+    sizes = {tuple(each.shape[-2:]) for each in chain([subject.image()], subject.inputs(images))}
+    if len(sizes) > 1:
+        least, most = (f"{height} x {width}" for height, width in (min(sizes), max(sizes)))
+        raise ValueError(
+            f"{what} takes {subject.unit} of one size, and the test images of {subject.run} give {len(sizes)}, from "
+            f"{least} to {most}: train with data.test_size, or take --to spk without --backend"
+        )
 
 
 @torch.no_grad()
@@ -137,7 +106,7 @@ def latencies(runs: Sequence[Callable[[Tensor], object]], image: Tensor) -> list
 
 
 def latency_fact(subject: Exportable, run: Callable[[Tensor], object], *, backend: str) -> tuple[str, str]:
-    """The line about the time that one image takes, in the network as float32 layers and in `run`.
+    """The line about the time that one image (or window) takes, in the network as float32 layers and in `run`.
 
     The layers of an exact network round, as none of torch's do: it is timed as it is.
     """
@@ -166,8 +135,11 @@ def engine_of(subject: Exportable, *, backend: str = "torch") -> nn.Module:
     return integer(subject.model, subject.image(), backend=backend)
 
 
-def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
-    """What runs an ONNX file in onnxruntime, on as many threads as torch has. Raises ImportError without it."""
+def onnx_runner(file: Path, given: Any) -> Callable[[Tensor], Any]:
+    """What runs an ONNX file in onnxruntime, on as many threads as torch has, and gives what is of the form of `given`.
+
+    Raises ImportError without onnxruntime.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -175,21 +147,29 @@ def onnx_runner(file: Path) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    name, names, form = session.get_inputs()[0].name, list(named_outputs(given)), tree_structure(given)
+
+    def run(images: Tensor) -> Any:
+        return tree_unflatten(map(torch.from_numpy, session.run(names, {name: images.contiguous().numpy()})), form)
+
+    return run
 
 
-def onnx_fact(
-    subject: Exportable, engine: nn.Module, run: Callable[[Tensor], Tensor], *, images: int
-) -> tuple[str, str]:
+def onnx_fact(subject: Exportable, engine: nn.Module, run: Callable[[Tensor], Any], *, images: int) -> tuple[str, str]:
     """The line about how far `run`, the engine in ONNX, gives what the engine gives."""
-    same, largest = 0, 0.0
-    for batch, _ in batches_of(subject.split, batch_size=BATCH, images=images):
+    same, shares, largest = 0, [], 0.0
+    for batch in subject.inputs(images):
         wanted, got = engine(batch), run(batch)
-        same += int((wanted.argmax(1) == got.argmax(1)).sum())
-        largest = max(largest, float((wanted - got).abs().max()))
-    of = len(drawn(len(subject.split), images))
-    return "In onnxruntime", f"prediction of the engine for {same:,} of {of:,}, logits within {short(largest)}"
+        due, found = (predictions(subject.model, each, tuple(batch.shape[-2:])) for each in (wanted, got))
+        equal = (due == found).view(len(batch), -1)
+        same += int(equal.all(1).sum())
+        shares += equal.double().mean(1).tolist()
+        largest = max(largest, largest_difference(wanted, got))
+    agreeing = subject.agreeing(same, statistics.fmean(shares))
+    return (
+        "In onnxruntime",
+        f"{len(shares):,} {subject.unit}: {agreeing} as in the engine, logits within {short(largest)}",
+    )
 
 
 def card_of(subject: Exportable, comparison: Comparison, *, license_note: str) -> ModelCard:
@@ -197,7 +177,7 @@ def card_of(subject: Exportable, comparison: Comparison, *, license_note: str) -
     recipe, summary = subject.recipe, subject.summary
     return ModelCard(
         model=summary.model,
-        accuracy=comparison.accuracies[1],
+        **comparison.after,
         images=comparison.images,
         data=recipe.data.source,
         energy_mj=summary.energy_mj,

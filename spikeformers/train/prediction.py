@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikeformers.data.augment import to_pixels
 from spikeformers.data.decode import decode
-from spikeformers.data.segmentation import read_picture_for
+from spikeformers.data.segmentation_sources import default_colours
+from spikeformers.deploy import Artifact, Framing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import from_json
-from spikeformers.train.saved import published_palette, read_trained, run_of
+from spikeformers.train.saved import framing_of, published_palette, read_picture, read_trained, run_of
 from spikeformers.train.segmentation import windows_of
-from spikeformers.train.segmentation_evaluate import scores_of
+from spikeformers.train.segmentation_evaluate import Windows, scores_of
 from spikeformers.train.segmentation_pictures import overlay, shares_of, with_legend
 
 SHOWN = 0.001  # share of the pixels from which on a class is in the legend
@@ -29,29 +29,26 @@ class Picture:
     input: Tensor
 
 
+@dataclass(frozen=True)
 class PixelPredictor:
-    """The network of a run or of a saved model. Raises ValueError where there is none."""
+    """A network, or a file of `export`, with `semantic`; what it is given, and its classes with colours uint8 [N,3]."""
 
-    def __init__(self, source: str) -> None:
-        self.model, self.spec, self.classes = read_trained(source)
-        run = run_of(Path(source))
-        self.windows = windows_of(from_json(read_json(run / "recipe.json"))) if run else None
-        palette = read_json(run / "summary.json")["colours"] if run else self._published_colours()
-        self.colours = torch.as_tensor(palette, dtype=torch.uint8)
-
-    def _published_colours(self) -> np.ndarray:
-        return published_palette(self.spec, count=len(self.classes))[1]
+    model: nn.Module | Artifact
+    framing: Framing
+    classes: tuple[str, ...]
+    colours: Tensor
 
     def read(self, path: Path) -> Picture:
         """Raises ValueError naming the file."""
         pixels = to_pixels(decode(path, name=str(path), channels=3))
-        return Picture(pixels, read_picture_for(self.spec, path)[0])
+        return Picture(pixels, read_picture(path, self.framing))
 
     @torch.no_grad()
     def labels(self, picture: Picture) -> Tensor:
         """The class of each pixel of the file, int64 [H,W]."""
-        size = tuple(picture.pixels.shape[1:])
-        return scores_of(self.model, picture.input[None], size=size, windows=self.windows)[0].argmax(0)
+        size, told = tuple(picture.pixels.shape[1:]), self.framing
+        windows = Windows(told.window, told.stride) if told.window else None
+        return scores_of(self.model, picture.input[None], size=size, windows=windows)[0].argmax(0)
 
     def picture(self, picture: Picture, labels: Tensor) -> Image.Image:
         """The file under the colours of its classes, with a legend of those present."""
@@ -61,3 +58,27 @@ class PixelPredictor:
             if share >= SHOWN
         ]
         return with_legend(overlay(picture.pixels, labels, colours=self.colours), entries)
+
+
+def trained_predictor(source: str) -> PixelPredictor:
+    """Of a run, or of a saved model, whose colours are those of its paper's data. Raises ValueError where none is."""
+    model, spec, classes = read_trained(source)
+    if run := run_of(Path(source)):
+        windows = windows_of(from_json(read_json(run / "recipe.json")))
+        palette = read_json(run / "summary.json")["colours"]
+    else:
+        windows, palette = None, published_palette(spec, count=len(classes))[1]
+    return PixelPredictor(model, framing_of(spec, windows=windows), classes, torch.as_tensor(palette).byte())
+
+
+def file_predictor(file: Artifact, *, name: str) -> PixelPredictor:
+    """Of a file called `name`. Raises ValueError for one that does not say how to prepare whole pictures."""
+    if not isinstance(file.preprocessing, Framing):
+        raise ValueError(
+            f"{name} gives classes to pixels and does not say how to frame whole pictures: save it with "
+            "preprocessing=spikeformers.deploy.Framing(...), or run it by spikeformers.deploy.load in Python"
+        )
+    count = file.engine.config.num_classes
+    classes = file.labels or tuple(map(str, range(count)))
+    palette = default_colours(count) if file.colours is None else file.colours
+    return PixelPredictor(file, file.preprocessing, classes, torch.as_tensor(palette).byte())

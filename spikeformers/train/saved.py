@@ -1,10 +1,10 @@
 """Finished runs and saved models, read back for testing, prediction and measuring."""
 
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
@@ -12,11 +12,13 @@ from spikeformers.data.augment import Normalise, to_pixels
 from spikeformers.data.decode import decode
 from spikeformers.data.images import ImageData, fit, statistics
 from spikeformers.data.segmentation import SegmentationData
+from spikeformers.data.segmentation_augment import Frame, resize_picture
 from spikeformers.data.segmentation_sources import default_colours, published_classes
 from spikeformers.data.splits import Data, kind_of
-from spikeformers.deploy import Preprocessing
+from spikeformers.deploy import Framing, Preprocessing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
+from spikeformers.train.segmentation_evaluate import Windows
 from spikeformers.train.summary import PretrainSummary, pretrains, read_summary
 from spikeformers.zoo import CATALOGUE, from_pretrained, list_models
 
@@ -76,7 +78,7 @@ def read_classifier(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     if not isinstance(recipe.data, ImageData):
         raise ValueError(
             f"{run} gives classes to pixels; this is for classifiers. Few bits: train it again with quantize.bits and "
-            f"init.backbone={run}; an engine: spikeformers.deploy.integer in Python"
+            f"init.backbone={run}"
         )
     return model, recipe, classes
 
@@ -114,19 +116,43 @@ def read_trained(source: str) -> tuple[nn.Module, Data, tuple[str, ...]]:
 
 def preprocessing_of(spec: ImageData) -> Preprocessing:
     """How `spec` makes a picture the model's input, as an artifact holds it."""
+    return Preprocessing(size=spec.size, crop=spec.eval_crop, **_normalising(spec))
+
+
+def framing_of(spec: SegmentationData, *, windows: Windows | None) -> Framing:
+    """How `spec` makes a picture the input of a network that sees all of it, at once or through `windows`."""
+    window, stride = (windows.crop, windows.stride) if windows else ((), ())
+    sides = {"short_side": spec.short_side, "max_side": spec.max_side, "fixed": tuple(spec.test_size)}
+    return Framing(**sides, window=window, stride=stride, **_normalising(spec))
+
+
+def _normalising(spec: Data) -> dict[str, object]:
     mean, std = statistics(spec)
-    return Preprocessing(spec.size, spec.eval_crop, spec.in_channels, mean, std, spec.interpolation)
+    return {"channels": spec.in_channels, "mean": mean, "std": std, "interpolation": spec.interpolation}
 
 
-def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """One picture file as the model of an artifact wants it, float32 [C,size,size]. Raises ValueError naming the file.
+def read_picture(path: Path, preprocessing: Preprocessing | Framing) -> Tensor:
+    """One picture file as the model of an artifact wants it, float32 [C,h,w]. Raises ValueError naming the file.
 
-    The same numbers as `read_image` gives for the data that `preprocessing` was made of.
+    The same numbers as `read_image` or `read_picture_for` gives for the data that `preprocessing` was made of.
     """
-    size, crop, channels, mean, std, interpolation = astuple(preprocessing)
-    spec = ImageData(size=size, eval_crop=crop, in_channels=channels, interpolation=interpolation)
-    picture = decode(path, name=str(path), channels=channels)
-    return Normalise(mean, std)(to_pixels(fit(picture, spec=spec)))
+    picture = decode(path, name=str(path), channels=preprocessing.channels)
+    pixels = _FITTED[type(preprocessing)](picture, preprocessing)
+    return Normalise(preprocessing.mean, preprocessing.std)(pixels)
+
+
+def _cropped(picture: Image.Image, told: Preprocessing) -> Tensor:
+    sizes = {"size": told.size, "eval_crop": told.crop, "in_channels": told.channels}
+    return to_pixels(fit(picture, spec=ImageData(**sizes, interpolation=told.interpolation)))
+
+
+def _framed(picture: Image.Image, told: Framing) -> Tensor:
+    pixels = to_pixels(picture)
+    size = Frame(told.short_side, told.max_side, told.fixed).size(*pixels.shape[-2:])
+    return resize_picture(pixels, size, interpolation=told.interpolation)
+
+
+_FITTED = {Preprocessing: _cropped, Framing: _framed}
 
 
 def class_labels(count: int) -> tuple[str, ...]:

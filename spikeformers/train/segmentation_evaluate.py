@@ -113,9 +113,11 @@ def evaluate_segmentation(
     *,
     windows: Windows | None = None,
     accelerator: Accelerator | None = None,
+    run: Callable | None = None,
 ) -> SegmentationResult:
     """Test `model` on batches (images [B,C,h,w], labels int64 [B,H,W]), in its own precision, without autocast.
 
+    `run`: what computes its output instead of itself, such as its integer engine.
     With an `accelerator` and a loader that it prepared, every process tests its share and gets the whole result.
     Leaves the model in the mode it was in. Raises ValueError for images or scores that are not finite.
     """
@@ -124,7 +126,7 @@ def evaluate_segmentation(
     with evaluating(model):
         for number, (images, labels) in enumerate(loader):
             images = images.to(first.device, first.dtype)
-            scores = scores_of(model, images, size=tuple(labels.shape[-2:]), windows=windows)
+            scores = scores_of(model, images, size=tuple(labels.shape[-2:]), windows=windows, run=run)
             # Spikes hide what is not finite. One matrix a picture, since pictures may differ in size and those that
             # only fill the last batch of several processes are dropped.
             whole = torch.isfinite(images).flatten(1).all(1) & torch.isfinite(scores).flatten(1).all(1)

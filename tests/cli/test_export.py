@@ -1,6 +1,7 @@
 """`export` and `predict` by its file: what is written, what is said of it, and what is refused."""
 
 import dataclasses
+import json
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from spikeformers.data.augment import to_pil
 from spikeformers.data.images import load_split, read_image
 from spikeformers.deploy import load
 from spikeformers.quantize import convert, prepare
-from spikeformers.train import exporting
+from spikeformers.train import exportable, exporting
 from spikeformers.train.recipe import from_json
 from spikeformers.train.saved import preprocessing_of, read_picture
 from spikeformers.train.summary import read_summary
@@ -121,6 +122,7 @@ def test_predict_takes_the_file_alone_and_says_the_energy_of_its_card(said_by, r
     likely = model(read_picture(digit, model.preprocessing)[None])[0].argmax()
     assert lines[2].split()[2] == model.labels[likely]
     assert "gone.png" in refused("predict", digit.with_name("alone.spk"), digit, digit.with_name("gone.png"))
+    assert "--out is for pictures" in refused("predict", digit.with_name("alone.spk"), digit, "--out", ".")
 
 
 def test_a_file_reads_pictures_as_its_run_does(trained, digit):
@@ -168,9 +170,19 @@ def test_what_is_no_finished_spiking_run_is_refused_with_the_reason(refused, run
 @pytest.mark.parametrize(
     ("equal", "told"), [(1.0, "all"), (1 - 1.2e-7, "all but 1.2e-5 %"), (1 - 1e-3, "99.900 %"), (0.5, "50.000 %")]
 )
-def test_less_than_all_counts_is_never_rounded_to_all(equal, told):
-    found = exporting.Comparison(1, equal, flipped=1, same=1, accuracies=(1.0, 1.0))
-    assert dict(found.facts())["Counts equal"] == f"{told} of the float64 network's"
+def test_less_than_all_is_never_rounded_to_all(equal, told):
+    assert exportable.in_share(equal) == told
+
+
+def test_runs_of_another_kind_are_refused_with_what_to_do_instead(refused, run, monkeypatch):
+    monkeypatch.setattr(exportable, "EXPORTABLES", {})
+    assert "classes neither to images nor to pixels" in refused("export", run, "--to", "spk")
+
+
+def test_test_images_that_went_missing_are_noticed(refused, run):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"predictions": summary["predictions"][1:]}))
+    assert "was tested on 23 images, and digits has 24 now" in refused("export", run, "--to", "spk")
 
 
 @pytest.mark.slow
@@ -182,7 +194,7 @@ def test_onnx_is_written_and_compared(said_by, run, monkeypatch, form):
     code, out, err = said_by("export", run, "--to", "onnx", "--form", form, "--images", 8)
     assert code == 0, err
     told = facts_of(out)
-    assert told["In onnxruntime"].startswith("prediction of the engine for 8 of 8")
+    assert told["In onnxruntime"].startswith("8 images: same prediction for 8 as in the engine, logits within ")
     assert told["Latency"].endswith("(median of 1, 1 thread, onnxruntime)")
     assert (run / "model.onnx").is_file()
 

@@ -165,5 +165,12 @@ def test_what_cannot_be_exported_is_refused_and_earlier_files_stay(tmp_path, dya
 
     with pytest.raises(ValueError, match="this one gives str"):
         export_onnx(Pair(nn.Conv2d(3, 4, 3), LIF()), images, path)
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) / len(x)
+
+    with pytest.raises(ValueError, match=r"fixes the batch of its graph: has it len\(x\)"):
+        export_onnx(Counting(nn.Conv2d(3, 4, 3), LIF()), images, path)
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,112 @@
+"""How a picture becomes a network's input, as a file tells it: the middle of it, a square, or the whole of it, framed.
+
+Both are data that somebody else may have written, so that every value is of its type and in bounds, or refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_SIDE = 2048  # pixels of a square before the crop
+LONGEST_FRAME = 4096  # pixels of a whole picture, or of a window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalised:
+    """What both have: pixels in 0..1 less `mean`, over `std`, of each channel.
+
+    `channels`: 1 grey or 3 RGB. `interpolation`: bicubic, bilinear. Raises ValueError for values that cannot be.
+    """
+
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if type(self.channels) is not int or self.channels not in (1, 3):
+            raise ValueError(f"pictures have 1 or 3 channels, got channels={self.channels!r}")
+        for name, least in (("mean", -1e6), ("std", 1e-6)):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and all(type(each) in (int, float) for each in values)
+            if not (numbers and len(values) == self.channels and all(least <= each <= 1e6 for each in values)):
+                raise ValueError(f"{name} must be a tuple of {self.channels} numbers, {least:g} to 1e6, got {values!r}")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation must be bicubic or bilinear, got {self.interpolation!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing(Normalised):
+    """Of networks that see one square: short side to `size / crop` pixels, then the centre `size` x `size`.
+
+    Raises ValueError for values that cannot be.
+    """
+
+    size: int
+    crop: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = type(self.size) is int and self.size >= 1
+        crop = type(self.crop) in (int, float) and 0 < self.crop <= 1
+        if not (whole and crop and self.size <= LONGEST_SIDE * self.crop):
+            raise ValueError(
+                f"size / crop is at most {LONGEST_SIDE} pixels with a crop above 0 and at most 1, "
+                f"got size={self.size!r}, crop={self.crop!r}"
+            )
+
+    @property
+    def seen(self) -> tuple[int, int] | None:
+        """Height and width of what the network is given; None if that depends on the picture."""
+        return self.size, self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing(Normalised):
+    """Of networks that see whole pictures, which keep their ratio or are resized to `fixed` = (height, width).
+
+    `short_side`: in pixels, 0 leaves it; `max_side`: the long side is made no longer than this, 0 is no limit.
+    `window`, `stride`: height and width of windows that go over the picture, and of their steps; () shows it at once.
+    Raises ValueError for values that cannot be.
+    """
+
+    short_side: int = 0
+    max_side: int = 0
+    fixed: tuple[int, ...] = ()
+    window: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("short_side", "max_side"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= LONGEST_FRAME:
+                raise ValueError(f"{name} must be 0 to {LONGEST_FRAME} pixels, got {value!r}")
+        for name in ("fixed", "window", "stride"):
+            value = getattr(self, name)
+            sides = isinstance(value, tuple) and all(type(each) is int and 1 <= each <= LONGEST_FRAME for each in value)
+            if not (sides and len(value) in (0, 2)):
+                raise ValueError(f"{name} must be a height and a width, 1 to {LONGEST_FRAME}, or (), got {value!r}")
+        if self.fixed and (self.short_side or self.max_side):
+            raise ValueError(
+                f"fixed={self.fixed} beside short_side={self.short_side} and max_side={self.max_side} are two ways to "
+                "resize: leave one out"
+            )
+        steps = zip(self.stride, self.window, strict=False)
+        if len(self.window) != len(self.stride) or any(step > side for step, side in steps):
+            raise ValueError(f"stride={self.stride} does not cover pictures by window={self.window}")
+
+    @property
+    def seen(self) -> tuple[int, int] | None:
+        """Height and width of what the network is given; None if that depends on the picture.
+
+        A picture smaller than a window is given as it is.
+        """
+        if self.window and self.fixed:
+            return min(self.window[0], self.fixed[0]), min(self.window[1], self.fixed[1])
+        return self.window or self.fixed or None
+
+
+def told_by(stored: dict[str, Any]) -> Preprocessing | Framing:
+    """What the plain values of a header tell; raises ValueError or TypeError if that is neither."""
+    kind = Preprocessing if "size" in stored else Framing
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

@@ -1,0 +1,71 @@
+"""How pictures are prepared, as files tell it: what cannot be is refused, and what networks are given is known."""
+
+import dataclasses
+
+import pytest
+
+from spikeformers.deploy import Framing, Preprocessing
+from spikeformers.deploy.pictures import told_by
+
+NUMBERS = {"channels": 1, "mean": (0.3,), "std": (0.4,)}
+GREY = Preprocessing(size=32, crop=0.875, **NUMBERS)
+FRAME = Framing(short_side=48, max_side=100, **NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"size": 0}, "size=0"),
+        ({"size": 2.0}, "size=2.0"),
+        ({"size": 10**9}, "size=1000000000"),
+        ({"crop": 1e-9}, "crop=1e-09"),
+        ({"crop": float("nan")}, "crop=nan"),
+        ({"channels": 2}, "channels=2"),
+        ({"channels": True}, "channels=True"),
+        ({"mean": (0.1, 0.2)}, "mean must be a tuple of 1 numbers"),
+        ({"mean": ("0",)}, "mean must be"),
+        ({"std": (0.0,)}, "std must be"),
+        ({"std": (float("inf"),)}, "std must be"),
+        ({"interpolation": "nearest"}, "bicubic or bilinear, got 'nearest'"),
+    ],
+)
+def test_squares_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(GREY, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"short_side": -1}, "short_side must be 0 to 4096 pixels, got -1"),
+        ({"max_side": 5000}, "max_side must be 0 to 4096 pixels, got 5000"),
+        ({"max_side": True}, "max_side must be 0 to 4096 pixels, got True"),
+        ({"fixed": (32, 32)}, "two ways to resize"),
+        ({"short_side": 0, "max_side": 0, "fixed": (32,)}, "fixed must be a height and a width"),
+        ({"short_side": 0, "max_side": 0, "fixed": [32, 32]}, "fixed must be a height and a width"),
+        ({"window": (0, 32), "stride": (1, 1)}, "window must be a height and a width"),
+        ({"window": (32, 32)}, r"stride=\(\) does not cover pictures by window=\(32, 32\)"),
+        ({"stride": (32, 32)}, "does not cover"),
+        ({"window": (32, 32), "stride": (32, 33)}, "does not cover"),
+        ({"std": (0.0,)}, "std must be"),
+    ],
+)
+def test_frames_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(FRAME, **changes)
+
+
+def test_what_the_network_is_given_is_known_where_it_does_not_depend_on_the_picture():
+    fixed = Framing(fixed=(48, 64), **NUMBERS)
+    windows = {"window": (32, 80), "stride": (32, 80)}
+    assert GREY.seen == (32, 32)
+    assert FRAME.seen is None
+    assert fixed.seen == (48, 64)
+    assert dataclasses.replace(FRAME, **windows).seen == (32, 80)
+    assert dataclasses.replace(fixed, **windows).seen == (32, 64)
+
+
+@pytest.mark.parametrize("told", [GREY, FRAME], ids=["square", "frame"])
+def test_both_come_back_from_plain_values(told):
+    stored = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(told).items()}
+    assert told_by(stored) == told

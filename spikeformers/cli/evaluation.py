@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from spikeformers.deploy import Artifact, ModelCard
     from spikeformers.energy.report import EnergyReport
+    from spikeformers.train.detection_prediction import BoxPredictor
     from spikeformers.train.prediction import Picture, PixelPredictor
     from spikeformers.train.recipe import Recipe
 
@@ -22,6 +23,7 @@ def evaluate(arguments: Namespace) -> None:
     """Test the final model of a run again on the whole test split."""
     import torch
 
+    from spikeformers.data.detection import DetectionData
     from spikeformers.data.segmentation import SegmentationData
     from spikeformers.data.splits import load_split
     from spikeformers.train.results import print_facts
@@ -31,8 +33,8 @@ def evaluate(arguments: Namespace) -> None:
     if recipe.threads:  # float32 sums depend on the number of threads, and one flipped spike can turn a close call
         torch.set_num_threads(recipe.threads)
     split = load_split(recipe.data, "test", seed=recipe.seed)
-    test = segmentation_facts if isinstance(recipe.data, SegmentationData) else classification_facts
-    rows = test(model, recipe, split)
+    tests = {SegmentationData: segmentation_facts, DetectionData: detection_facts}
+    rows = tests.get(type(recipe.data), classification_facts)(model, recipe, split)
     if split.skipped:
         rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
     print_facts(arguments.run, rows)
@@ -61,8 +63,25 @@ def segmentation_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -
     return [("mIoU", f"{100 * found.miou:.2f} % of {len(split):,} images"), ("Pixel accuracy", accuracy), *ious]
 
 
+def detection_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -> list[tuple[str, str]]:
+    from spikeformers.train.detection_evaluate import evaluate_detection
+    from spikeformers.train.evaluate import batches_of
+
+    found = evaluate_detection(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    kinds = {"boxes": found.boxes} | ({"masks": found.masks} if found.masks else {})
+    rows = []
+    for kind, precision in kinds.items():
+        three = (precision.mean(), precision.mean(iou=0.5), precision.mean(iou=0.75))
+        rows.append((f"mAP, AP50, AP75 of {kind}", ", ".join(f"{100 * each:.2f} %" for each in three)))
+    classes = [
+        (name, f"AP50 {100 * ap:.2f} %" if ap is not None else "absent")
+        for name, ap in found.boxes.by_class(split.classes, iou=0.5).items()
+    ]
+    return [*rows, ("Images", f"{found.images:,}"), *classes]
+
+
 def predict(arguments: Namespace) -> None:
-    """The likeliest classes of each image, or of its pixels, and the energy that its inference takes."""
+    """What is in each image, or where, and the energy that its inference takes."""
     if Path(arguments.model).is_file():
         return predict_by_artifact(arguments)
     if arguments.backend != "torch":
@@ -71,11 +90,15 @@ def predict(arguments: Namespace) -> None:
 
     from spikeformers import energy
     from spikeformers.data.images import ImageData, read_image
+    from spikeformers.data.segmentation import SegmentationData
+    from spikeformers.train.detection_prediction import box_predictor
     from spikeformers.train.saved import read_trained, run_of
 
     model, spec, classes = read_trained(arguments.model)
-    if not isinstance(spec, ImageData):
+    if isinstance(spec, SegmentationData):
         return predict_pixels(arguments)
+    if not isinstance(spec, ImageData):
+        return predict_boxes(box_predictor(model, spec, classes=classes, source=arguments.model), arguments)
     refuse_out(arguments)
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
     if run_of(Path(arguments.model)) is None:
@@ -93,7 +116,9 @@ def predict(arguments: Namespace) -> None:
 def refuse_out(arguments: Namespace) -> None:
     """Raises ValueError for a folder of overlays, where none are drawn."""
     if arguments.out:
-        raise ValueError("--out is for pictures with the classes of pixels: this network gives one to each picture")
+        raise ValueError(
+            "--out is for pictures of where something is: this network gives a class to each picture as a whole"
+        )
 
 
 def predict_pixels(arguments: Namespace) -> None:
@@ -107,7 +132,25 @@ def predict_pixels(arguments: Namespace) -> None:
         paint(predictor, image, target)
 
 
-def to_paint(predictor: "PixelPredictor", arguments: Namespace) -> "list[tuple[str, Picture, Path]]":
+def predict_boxes(predictor: "BoxPredictor", arguments: Namespace) -> None:
+    """What is found in each image, the most certain first, and a picture of where."""
+    from spikeformers import energy
+
+    if not 0 <= arguments.score <= 1:
+        raise ValueError(f"--score must lie between 0 and 1, got {arguments.score}")
+    for file, image, target in to_paint(predictor, arguments):
+        found = predictor.found(image, threshold=arguments.score)
+        print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
+        for score, label, box in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True):
+            x, y, right, bottom = (f"{value:.0f}" for value in box)
+            print(f"  {score:.2f}  {predictor.classes[label]}  from ({x}, {y}) to ({right}, {bottom})")
+        if not len(found.labels):
+            print(f"  nothing with a score of {arguments.score} or more")
+        predictor.picture(image, found).save(target)
+        print(f"  written: {target}")
+
+
+def to_paint(predictor: "PixelPredictor | BoxPredictor", arguments: Namespace) -> "list[tuple[str, Any, Path]]":
     """All files, read, with where their overlays go: first, so that there is no half answer."""
     targets = overlay_files(arguments.files, folder=Path(arguments.out))
     images = [predictor.read(Path(file)) for file in arguments.files]

@@ -153,11 +153,12 @@ def add_predict(commands: "ActionSubCommands") -> None:
     parser = new_parser(
         "The five likeliest classes of each image, and the energy of its inference beside that of an ANN; of a file of "
         "`export` the average that its card tells. A segmentation network gives the share of each class among the "
-        "pixels instead, and draws them into NAME_overlay.png.",
+        "pixels instead, a detector its boxes; both draw where into NAME_overlay.png.",
         "spikeformers predict runs/digits seven.png",
         "spikeformers predict imported/55m photos/*.jpg",
         "spikeformers predict model.spk seven.png",
         "spikeformers predict runs/camvid_spike2former street.png --out overlays",
+        "spikeformers predict runs/bccd_yolo_small cells.jpg --score 0.5",
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model, or file of `export`"
@@ -170,7 +171,14 @@ def add_predict(commands: "ActionSubCommands") -> None:
         help="what runs a file of `export` (default: %(default)s)",
     )
     parser.add_argument("--out", default="", metavar="DIR", help="folder of the overlays (default: here)")
-    add_command(commands, "predict", parser, "classify image files or their pixels")
+    parser.add_argument(
+        "--score",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="least score of boxes to show, 0 to 1 (default: %(default)s)",
+    )
+    add_command(commands, "predict", parser, "what image files show, and where")
 
 
 def add_energy(commands: "ActionSubCommands") -> None:

@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from spikeformers.data.augment import Normalise, to_pixels
 from spikeformers.data.decode import decode
+from spikeformers.data.detection import DetectionData
 from spikeformers.data.images import ImageData, fit, statistics
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.segmentation_augment import Frame, resize_picture
@@ -29,6 +31,8 @@ PICTURES = {  # how the papers' networks see a picture
     "ade20k": {"source": "ade20k", "short_side": 512, "max_side": 2048},
     "voc": {"source": "voc2012", "short_side": 512, "max_side": 2048},
     "cityscapes": {"source": "cityscapes", "short_side": 1024, "max_side": 2048},
+    "coco": {"source": "coco", "size": (800, 1333), "fit": "sides"},
+    "coco_square": {"source": "coco", "size": (640, 640)},
 }
 
 
@@ -77,7 +81,7 @@ def read_classifier(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     model, recipe, classes = read_run(run)
     if not isinstance(recipe.data, ImageData):
         raise ValueError(
-            f"{run} gives classes to pixels; this is for classifiers. Few bits: train it again with quantize.bits and "
+            f"{run} gives no class to a picture as a whole; this is for classifiers. Few bits: train it again with quantize.bits and "
             f"init.backbone={run}"
         )
     return model, recipe, classes
@@ -109,6 +113,8 @@ def read_trained(source: str) -> tuple[nn.Module, Data, tuple[str, ...]]:
     if data not in PICTURES:
         raise ValueError(f"{source} is a {model.origin.name}, which takes clips of {data}, not pictures")
     spec = kind_of(PICTURES[data]["source"])(**PICTURES[data], in_channels=model.config.in_channels)
+    if isinstance(spec, DetectionData):
+        return model, spec, coco_names(model.config.num_classes)
     if isinstance(spec, SegmentationData):
         return model, spec, published_palette(spec, count=model.config.num_classes)[0]
     return model, spec, class_labels(model.config.num_classes)
@@ -161,6 +167,13 @@ def class_labels(count: int) -> tuple[str, ...]:
         return tuple(map(str, range(count)))
     described = ImageNetInfo()
     return tuple(described.index_to_description(index) for index in range(count))
+
+
+def coco_names(count: int) -> tuple[str, ...]:
+    """COCO's names for 80 classes, else numbers."""
+    listed = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    names = tuple(name for name in listed if name not in ("__background__", "N/A"))
+    return names if len(names) == count else tuple(map(str, range(count)))
 
 
 def published_palette(spec: SegmentationData, *, count: int) -> tuple[tuple[str, ...], np.ndarray]:

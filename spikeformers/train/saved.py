@@ -81,8 +81,8 @@ def read_classifier(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     model, recipe, classes = read_run(run)
     if not isinstance(recipe.data, ImageData):
         raise ValueError(
-            f"{run} gives no class to a picture as a whole; this is for classifiers. Few bits: train it again with quantize.bits and "
-            f"init.backbone={run}"
+            f"{run} gives no class to a picture as a whole; this is for classifiers. Few bits: train it again with "
+            f"quantize.bits and init.backbone={run}"
         )
     return model, recipe, classes
 

@@ -135,28 +135,47 @@ SEGMENTERS = {
 SEGMENTERS["released"] = ("spike2former_voc", SEGMENTERS["spike2former"][1] | {"layout": "released"})
 
 
+DETECTORS = {
+    "yolo": ("meta_spikeformer_15m_yolo", {"dim": 8, "anchors": (16.0,) * 18, "score_threshold": 0.0}),
+    "mask_rcnn": (
+        "meta_spikeformer_15m_mask_rcnn",
+        {"region_dim": 8, "fc_dim": 8, "norm": "batch_norm", "regions": 6, "score_threshold": 0.0, "limit": 4},
+    ),
+    "qsd_mask_rcnn": (
+        "qsd_transformer_t_mask_rcnn",
+        {"region_dim": 8, "fc_dim": 8, "regions": 6, "score_threshold": 0.0, "limit": 4, "layer_scale": 1.0},
+    ),
+}
+
+
+def small_dense(name: str, sizes: dict, overrides: dict) -> nn.Module:
+    """A small network with a head, in eval mode, looking trained enough that every part fires."""
+    from spikeformers import create_model
+
+    backbone = {"dims": (8, 8, 8, 16), "blocks": (1, 0, 0, 1, 0), "num_classes": 4}
+    model = create_model(name, **(backbone | sizes | overrides))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.3, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            multiplied = any(f"_attn.{operand}." in name for operand in "qkv")
+            nn.init.normal_(module.bias, 2.5 if multiplied else 0.3, 0.5)
+        elif isinstance(module, nn.Conv2d) and not module.weight.any():  # offsets and weights of sampling
+            nn.init.normal_(module.weight, 0, 0.3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("esc_scale", "attn_scale", "mlp_scale")):
+            nn.init.uniform_(parameter, 0.3, 1)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def segmenter():
-    """Builds a small network of each kind that segments, in eval mode, looking trained enough that every part fires."""
+    """Builds a small network of each kind that segments; call with a kind and overrides."""
+    return lambda kind, **overrides: small_dense(*SEGMENTERS[kind], overrides)
 
-    def build(kind: str, **overrides) -> nn.Module:
-        from spikeformers import create_model
 
-        name, sizes = SEGMENTERS[kind]
-        backbone = {"dims": (8, 8, 8, 16), "blocks": (1, 0, 0, 1, 0), "num_classes": 4}
-        model = create_model(name, **(backbone | sizes | overrides))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.running_mean, 0, 0.3)
-                nn.init.uniform_(module.running_var, 0.3, 1.5)
-                nn.init.uniform_(module.weight, 0.5, 2)
-                multiplied = any(f"_attn.{operand}." in name for operand in "qkv")
-                nn.init.normal_(module.bias, 2.5 if multiplied else 0.3, 0.5)
-            elif isinstance(module, nn.Conv2d) and not module.weight.any():  # offsets and weights of sampling
-                nn.init.normal_(module.weight, 0, 0.3)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("esc_scale", "attn_scale", "mlp_scale")):
-                nn.init.uniform_(parameter, 0.3, 1)
-        return model.eval()
-
-    return build
+@pytest.fixture(scope="session")
+def detector():
+    """Builds a small network of each kind that detects; call with a kind and overrides."""
+    return lambda kind, **overrides: small_dense(*DETECTORS[kind], overrides)

@@ -26,7 +26,15 @@ from spikeformers.deploy.container import Content
 from spikeformers.deploy.outputs import same_outputs
 from spikeformers.deploy.pictures import Framing, Preprocessing, told_by
 from spikeformers.deploy.runtime import BACKENDS, IntegerModel
-from spikeformers.heads import SegmenterConfig, SemanticFPNConfig, Spike2FormerConfig
+from spikeformers.heads import (
+    Detections,
+    DetectorConfig,
+    MaskRCNNConfig,
+    SegmenterConfig,
+    SemanticFPNConfig,
+    Spike2FormerConfig,
+    YOLOConfig,
+)
 from spikeformers.layers.pretrained import write_files
 from spikeformers.layers.version import __version__
 
@@ -35,8 +43,14 @@ BACKBONES = {
     "qsd_transformer": QSDTransformerConfig,
     "spikformer": SpikformerConfig,
 }
-NETWORKS = BACKBONES | {"segmenter": SegmenterConfig}
-PARTS = {"backbone": BACKBONES, "head": {"semantic_fpn": SemanticFPNConfig, "spike2former": Spike2FormerConfig}}
+NETWORKS = BACKBONES | {"segmenter": SegmenterConfig, "detector": DetectorConfig}
+HEADS = {
+    "semantic_fpn": SemanticFPNConfig,
+    "spike2former": Spike2FormerConfig,
+    "yolo": YOLOConfig,
+    "mask_rcnn": MaskRCNNConfig,
+}
+PARTS = {"backbone": BACKBONES, "head": HEADS}
 """Configs that stand in fields of a config, by name of the field."""
 MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for more
     "dims": 2**14,
@@ -54,9 +68,11 @@ MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for 
     "patch_size": 256,
     **dict.fromkeys(("neck_dim", "fpn_dim", "encoder_hidden", "decoder_hidden", "queries"), 2**14),
     **dict.fromkeys(("groups", "decoder_heads"), 2**10),
+    **dict.fromkeys(("region_dim", "fc_dim", "anchors", "anchor_sizes", "regions", "samples", "candidates"), 2**14),
+    **dict.fromkeys(("limit", "box_weight", "objectness_weight", "class_weight"), 2**14),
 }
 MOST_OTHERS = 64  # of those that MOST does not name
-MOST_ENTRIES = 16  # of a tuple in a config
+MOST_ENTRIES = 64  # of a tuple in a config
 PAIRS = ("kernel", "stride", "padding", "dilation")
 WHOLE = ("in_channels", "out_channels", "groups", "bits", "max_count", "levels")
 ENGINE_TYPES = dict.fromkeys(WHOLE, int) | {"unit": float, "scale": float, "fused": bool}
@@ -133,6 +149,10 @@ class Artifact:
     def semantic(self, output: Any, size: tuple[int, int]) -> Float[Tensor, "B L H W"]:
         """Scores of every pixel at `size` = (H, W), of what a call gave; see `IntegerModel.semantic`."""
         return self.engine.semantic(output, size)
+
+    def detect(self, output: Any, sizes: Tensor | None = None) -> list[Detections]:
+        """What was found in each image, of what a call gave; see `IntegerModel.detect`."""
+        return self.engine.detect(output, sizes)
 
 
 def save(

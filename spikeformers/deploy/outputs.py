@@ -13,9 +13,9 @@ LOGITS = "logits"
 def named_outputs(output: Any) -> dict[str, Tensor]:
     """The tensors of what a network gave, by the names of their fields ("output0", where they have none).
 
-    Raises ValueError for anything but tensors in tuples, and for none.
+    Sizes that stand beside them are left out. Raises ValueError for anything else but tensors in tuples, and for none.
     """
-    leaves, _ = tree_flatten_with_path(output)
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if not isinstance(leaf, int | None)]
     strange = [type(leaf).__name__ for _, leaf in leaves if not isinstance(leaf, Tensor)]
     if strange or not leaves:
         raise ValueError(f"a network must give tensors, alone or in tuples; this one gives {(strange or ['none'])[0]}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +35,7 @@ from spikeformers.deploy.joint import JointAttention, joined
 from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
+from spikeformers.heads.detections import Detections
 from spikeformers.heads.mask_decoder import SpikeCrossAttention
 from spikeformers.layers import LayerScaleBlock, TransformerBlock
 from spikeformers.neurons import Door, Neuron, temporal_modules
@@ -87,6 +88,15 @@ class IntegerModel(nn.Module):
         if not hasattr(self.net, "semantic"):
             raise ValueError(f"{type(self.net).__name__} gives classes to images, not to pixels")
         return self.net.semantic(output, size)
+
+    def detect(self, output: Any, sizes: Int64[Tensor, "B 2"] | None = None) -> list[Detections]:
+        """What was found in each image, of what `forward` gave, as the network itself tells it.
+
+        `sizes`: height and width of each picture within its padding. Raises ValueError if the network finds no boxes.
+        """
+        if not hasattr(self.net, "detect"):
+            raise ValueError(f"{type(self.net).__name__} finds no boxes: it gives classes to images or pixels")
+        return self.net.detect(output, sizes)
 
     @property
     def device(self) -> torch.device:

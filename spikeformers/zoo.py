@@ -33,7 +33,9 @@ class Entry:
     config: Any  # a frozen dataclass with build()
     stem: str
     paper: str
-    data: str = "imagenet"  # what the paper trains it on: imagenet, cifar10, events, ade20k, cityscapes, voc, coco
+    data: str = (
+        "imagenet"  # what the paper trains it on: imagenet, cifar10, events, ade20k, cityscapes, voc, coco, coco_square
+    )
     image_size: int = 224  # pixels a side there
 
 
@@ -104,7 +106,7 @@ def _detector(backbone: str, head: Any, **shared: Any) -> DetectorConfig:
 
 
 _config = _detector("meta_spikeformer_15m", YOLOConfig(), neuron="lif", steps=4)
-CATALOGUE["meta_spikeformer_15m_yolo"] = Entry(_config, "meta_spikeformer", META_SPIKEFORMER, "coco", 640)
+CATALOGUE["meta_spikeformer_15m_yolo"] = Entry(_config, "meta_spikeformer", META_SPIKEFORMER, "coco_square", 640)
 for _size in ("15m", "55m"):
     _config = _detector(f"meta_spikeformer_{_size}", MaskRCNNConfig(), neuron="lif")
     CATALOGUE[f"meta_spikeformer_{_size}_mask_rcnn"] = Entry(_config, "meta_spikeformer", META_SPIKEFORMER, "coco", 800)
@@ -229,13 +231,16 @@ def from_pretrained(source: str | Path) -> nn.Module:
     Raises ValueError if it is no such folder or its weights do not fit what config.json says.
     """
     folder = Path(source)
+    if not folder.is_dir() and (folder.parent / "recipe.json").is_file():
+        raise ValueError(f"{folder} is gone from the run {folder.parent}: put it back, or train it again")
     if not folder.is_dir():
         folder = _download(str(source))
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise ValueError(f"{source} is not a saved model: it needs {CONFIG} and {WEIGHTS}") from error
+        meant = f"; did you mean {folder / 'model'}?" if (folder / "model" / CONFIG).is_file() else ""
+        raise ValueError(f"{source} is not a saved model: it needs {CONFIG} and {WEIGHTS}{meant}") from error
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{source} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -77,6 +77,11 @@ def test_folders_that_are_no_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         sf.from_pretrained(tmp_path / "nothing" / "here" / "at all")
     sf.create_model("meta_spikeformer_15m", **TINY).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"is not a saved model.*did you mean {tmp_path}/model\?"):
+        sf.from_pretrained(tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"packed is gone from the run {tmp_path}: put it back, or train it again"):
+        sf.from_pretrained(tmp_path / "packed")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="damaged"):
         sf.from_pretrained(tmp_path / "model")

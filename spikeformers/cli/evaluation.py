@@ -36,7 +36,7 @@ def evaluate(arguments: Namespace) -> None:
     tests = {SegmentationData: segmentation_facts, DetectionData: detection_facts}
     rows = tests.get(type(recipe.data), classification_facts)(model, recipe, split)
     if split.skipped:
-        rows.append(("Unreadable", f"{len(split.skipped)} images skipped, first: {split.skipped[0]}"))
+        rows.append(("Skipped", f"{len(split.skipped)} images cannot be read or used, first: {split.skipped[0]}"))
     print_facts(arguments.run, rows)
 
 

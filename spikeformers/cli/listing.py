@@ -1,8 +1,11 @@
 """`list`: the models and recipes that there are."""
 
+import difflib
 import fnmatch
 
 from jsonargparse import Namespace
+
+CLOSE = 5  # names shown where none matches
 
 
 def list_names(arguments: Namespace) -> None:
@@ -28,8 +31,12 @@ def list_names(arguments: Namespace) -> None:
     if recipes:
         print_table(("recipe", "what it trains"), recipes)
     if not models and not recipes:
-        known = ", ".join((*list_models(), *RECIPES))
-        raise ValueError(f"no model and no recipe matches {arguments.pattern!r}; there are {known}")
+        known = dict.fromkeys((*list_models(), *RECIPES))  # some recipes are called as their model is
+        close = difflib.get_close_matches(arguments.pattern, known, n=CLOSE, cutoff=0.0)
+        raise ValueError(
+            f"no model and no recipe matches {arguments.pattern!r}; closest: {', '.join(close)} (`spikeformers list` "
+            "shows all)"
+        )
 
 
 def first_line(documented: object) -> str:

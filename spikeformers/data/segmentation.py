@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,7 +20,13 @@ from spikeformers.data.augment import Normalise, seeded, to_pixels
 from spikeformers.data.decode import UnreadablePictureError, decode, height_width
 from spikeformers.data.held import read_all, spread
 from spikeformers.data.images import MEMORY_LIMIT, statistics
-from spikeformers.data.segmentation_augment import Frame, SegmentationAugment, SegmentationTransform, resize_picture
+from spikeformers.data.segmentation_augment import (
+    IGNORE,
+    Frame,
+    SegmentationAugment,
+    SegmentationTransform,
+    resize_picture,
+)
 from spikeformers.data.segmentation_sources import TEST_SPLITS, SegmentationListing, listing
 from spikeformers.neurons.suggest import closest
 
@@ -63,7 +70,10 @@ class SegmentationData:
 
     def __post_init__(self) -> None:
         if self.source not in SEGMENTATION_SOURCES:
-            raise ValueError(f"unknown data.source {self.source!r}; {closest(self.source, SEGMENTATION_SOURCES)}")
+            known = ", ".join(SEGMENTATION_SOURCES)
+            raise ValueError(
+                f"unknown data.source {self.source!r}; {closest(self.source, SEGMENTATION_SOURCES)} (of {known})"
+            )
         if self.classes and self.source != "maskfolder":
             raise ValueError(f"data.classes are for a maskfolder: the classes of {self.source} are fixed")
         if self.in_channels not in (1, 3):
@@ -182,6 +192,13 @@ class SegmentationSplit(Dataset):
         image = self._listing.images[index]
         labels = self._listing.labels(index, size=height_width(image, name=str(image)))
         return torch.from_numpy(labels).long()
+
+    def labels_in_memory(self) -> set[int] | None:
+        """The labels that occur, 255 not counted; None for a set too large for memory, all of which would be read."""
+        if self._held is None:
+            return None
+        occurs = sum(np.bincount(labels.ravel(), minlength=256) for _, labels in self._held)
+        return set(np.flatnonzero(occurs[:IGNORE]).tolist())
 
     @cached_property
     def uniform(self) -> bool:

@@ -22,6 +22,7 @@ from spikeformers.data.sources import existing, held_out
 TEST_SPLITS = {"ade20k": "val", "cityscapes": "val", "voc2012": "val", "camvid": "test", "maskfolder": "val"}
 UNKNOWN = -1  # in a table: no mask may have this value
 _CLASS_LINE = re.compile(r"(?P<name>.+?)(?:\s+(?P<red>\d+)\s+(?P<green>\d+)\s+(?P<blue>\d+))?\s*")
+_HALF_A_COLOUR = re.compile(r".+\s\d+\s+\d+")
 _ADE20K_FOLDERS = {"train": "training", "val": "validation"}
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the 19 classes
 _CITYSCAPES_LAST_ID = 33
@@ -76,7 +77,7 @@ class SegmentationListing:
 def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """Names and colours uint8 [N,3] from lines `name` or `name red green blue`; colours not given are spread in hue.
 
-    Raises ValueError for a file that is missing, empty or names a class twice.
+    Raises ValueError for a file that is missing, empty, names a class twice or gives one a colour of two numbers.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -90,6 +91,8 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
             if max(given) > 255:
                 raise ValueError(f"{path} gives the class {each['name']!r} a colour above 255: {given}")
             colour[:] = given
+        elif _HALF_A_COLOUR.fullmatch(each["name"]):
+            raise ValueError(f"{path}: {each['name']!r} ends in two numbers; a colour has three: name red green blue")
     return checked_names([each["name"] for each in found], where=str(path)), colours
 
 
@@ -118,7 +121,8 @@ def listing(source: str, root: str, split: str, *, classes: tuple[str, ...]) -> 
     """The files of `split` ("train", "val", "test", or another that the source has), sorted by name.
 
     `classes`: names for a "maskfolder" without classes.txt.
-    Raises ValueError for missing folders and lists, no images, and an image without a mask.
+    Raises ValueError for missing folders and lists, no images, and an image without a mask.  A mask without an image
+    is left aside.
     """
     top = existing(root, source)
     if source != "maskfolder":
@@ -127,7 +131,12 @@ def listing(source: str, root: str, split: str, *, classes: tuple[str, ...]) -> 
         names, colours = checked_names(classes, where="data.classes"), default_colours(len(classes))
     else:
         names, colours = read_classes(top / "classes.txt")
-    images, masks, table = _READERS[source](top, split, len(names))
+    try:
+        images, masks, table = _READERS[source](top, split, len(names))
+    except ValueError as error:
+        if source != "maskfolder" and any(each.is_dir() for each in (top / "masks", top / split / "masks")):
+            raise ValueError(f"{error}; {top} looks like a folder of your own: set data.source=maskfolder") from error
+        raise
     return SegmentationListing(names, colours, table, images, masks)
 
 
@@ -150,6 +159,15 @@ def _files(folder: Path, ending: str | tuple[str, ...]) -> dict[str, Stored]:
     return _by_name([folder / name for name in os.listdir(folder)], endings, where=str(folder))
 
 
+def _masks(folder: Path) -> dict[str, Stored]:
+    """`_files` that are PNG.  Raises ValueError for masks in another form."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    pictures = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    if pictures and not any(name.lower().endswith(".png") for name in pictures):
+        raise ValueError(f"{folder} holds {pictures[0]}: masks must be PNG files, since JPEG changes their numbers")
+    return _files(folder, ".png")
+
+
 def _by_name(files: Iterable[Stored], endings: tuple[str, ...], *, where: str) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in sorted(files, key=str):
@@ -169,7 +187,11 @@ def _by_name(files: Iterable[Stored], endings: tuple[str, ...], *, where: str) -
 def _paired(images: dict[str, Stored], masks: dict[str, Stored], *, where: str) -> tuple[list[Stored], list[Stored]]:
     """Raises ValueError for an image without a mask."""
     if missing := next((name for name in images if name not in masks), None):
-        raise ValueError(f"image {images[missing]} has no mask {missing}* in {where}: add it or remove the image")
+        first, there = next((key, PurePosixPath(str(mask)).name) for key, mask in masks.items())
+        raise ValueError(
+            f"image {images[missing]} has no mask {missing}{there.removeprefix(first)} in {where}: add it or remove "
+            f"the image (a mask has its picture's name; there is {there})"
+        )
     return list(images.values()), [masks[name] for name in images]
 
 
@@ -191,7 +213,7 @@ def ade20k(top: Path, split: str, count: int) -> Found:
     masks = top / "annotations" / folder
     table = _table(0)
     table[: count + 1] = [IGNORE, *range(count)]
-    return *_paired(_files(top / "images" / folder, ".jpg"), _files(masks, ".png"), where=str(masks)), table
+    return *_paired(_files(top / "images" / folder, ".jpg"), _masks(masks), where=str(masks)), table
 
 
 def cityscapes(top: Path, split: str, count: int) -> Found:
@@ -227,7 +249,7 @@ def voc2012(top: Path, split: str, count: int) -> Found:
     if absent := [name for name in chosen if name not in everything]:
         raise ValueError(f"{file} names {absent[0]}, but there is no {top / 'JPEGImages' / absent[0]}.jpg: add it")
     images = {name: everything[name] for name in sorted(chosen)}
-    return *_paired(images, _files(masks, ".png"), where=str(masks)), _table(count)
+    return *_paired(images, _masks(masks), where=str(masks)), _table(count)
 
 
 def camvid(top: Path, split: str, count: int) -> Found:
@@ -237,7 +259,7 @@ def camvid(top: Path, split: str, count: int) -> Found:
     kinds = (".png", ".jpg")
     if (top / split).is_dir():
         masks = top / f"{split}annot"
-        return *_paired(_files(top / split, kinds), _files(masks, ".png"), where=str(masks)), table
+        return *_paired(_files(top / split, kinds), _masks(masks), where=str(masks)), table
     archives = sorted(top.glob(f"*{split}.zip"))
     if len(archives) != 1:
         raise ValueError(f"{top} must hold a folder {split}/ or one archive *{split}.zip, has {len(archives)} of these")
@@ -262,7 +284,13 @@ def maskfolder(top: Path, split: str, count: int) -> Found:
     place = next((each for each in places if each[0].is_dir()), whole)
     if place is whole and (folders := sorted(each.name for each in whole[0].glob("[!.]*") if each.is_dir())):
         raise ValueError(f"no folder {places[1][0]}: add it, or set data.test_split to one of {', '.join(folders)}")
-    images, masks = _paired(_files(place[0], IMG_EXTENSIONS), _files(place[1], ".png"), where=str(place[1]))
+    if absent := next((folder for folder in place if not folder.is_dir()), None):
+        present = ", ".join(sorted(each.name for each in absent.parent.glob("[!.]*") if each.is_dir())) or "none"
+        raise ValueError(
+            f"no folder {absent} (folders there: {present}): pictures and masks are in {split}/images and "
+            f"{split}/masks, in images/{split} and masks/{split}, or in images and masks"
+        )
+    images, masks = _paired(_files(place[0], IMG_EXTENSIONS), _masks(place[1]), where=str(place[1]))
     if place is whole:
         _one_of(split, ("train", "val", "test"), source="a mask folder that is split 80 : 20")
         kept = held_out(len(images), test=split != "train")

@@ -79,7 +79,11 @@ def existing(root: str, source: str) -> Path:
         raise ValueError(f"data.source={source} needs data.root: the folder of the data")
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise ValueError(f"data.root: no folder {top}; set it, or for the small CIFAR-10 recipes SPIKEFORMERS_DATA")
+        here = "" if top.is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(
+            f"data.root: no folder {top}{here}; set it, or SPIKEFORMERS_DATA, the folder in which "
+            "recipes of small sets (cifar10, camvid, ...) look"
+        )
     return top
 
 

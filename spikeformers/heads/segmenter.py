@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spikeformers.heads.composite import Composite, CompositeConfig
@@ -26,11 +27,22 @@ class Segmenter(Composite):
         return self.head(self.backbone.forward_features(x))
 
     def semantic(self, output: Tensor | MaskClassification, size: tuple[int, int]) -> Tensor:
-        """What `forward` gave -> scores [B, classes, H, W] at `size` = (H, W); the largest is the pixel's class."""
+        """What `forward` gave -> scores [B, classes, H, W] at `size` = (H, W); the largest is the pixel's class.
+
+        Raises ValueError for a size that is not two numbers.
+        """
+        if not isinstance(size, tuple | list) or len(size) != 2:
+            raise ValueError(f"size must be a height and a width, such as (48, 64), got {size!r}")
         return self.head.semantic(output, size)
 
     def loss(
         self, output: Tensor | MaskClassification, labels: Tensor, *, class_weights: Tensor | None = None
     ) -> Tensor:
-        """Scalar loss of what `forward` gave in training against labels [B, H, W] (255: ignored)."""
+        """Scalar loss of what `forward` gave in training against labels int64 [B, H, W] (255: ignored).
+
+        Labels keep their size, which need not be that of the images: the head brings its output to them, or them to it.
+        Raises ValueError for labels of another type.
+        """
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be of torch.int64, got {labels.dtype}: give labels.long()")
         return self.head.loss(output, labels, class_weights=class_weights)

@@ -145,6 +145,7 @@ SDDA_QUERIES = {"dw_conv": DepthwiseQuery, "plain": SpikeQuery}
 class Spike2FormerConfig:
     """Every size of the head and every switch of Table 3 about it; choices of parts may also be builders of your own.
 
+    `groups`, `encoder_layers`, `encoder_hidden` and `encoder_scale` are the encoder's: no effect where it is "none".
     `layout`: "fixed", or "released" with every slip of the authors' code, for their checkpoints.
     `encoder`: sdte, vanilla (spiking self-attention) or none.  `sdda_projection`: esc or linear.  `sdda_query`: dw_conv
     or plain.  `sdda_spikes`: the attention "weights" are spikes, or the sampled "query" is, or "none", where

@@ -54,8 +54,12 @@ for _size in ("t", "m", "l"):
     for _classes in (10, 100):
         RECIPES[f"qsd_transformer_{_size}_cifar{_classes}"] = partial(qsd_transformer.transfer, _size, _classes)
 for _size in ("15m", "55m"):
-    for _data in ("ade20k", "voc", "voc_aug"):
-        RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}"] = partial(meta_spikeformer.fpn, _size, _data)
+    for _data, _fpn in (
+        ("ade20k", meta_spikeformer.fpn_ade20k),
+        ("voc", meta_spikeformer.fpn_voc),
+        ("voc_aug", meta_spikeformer.fpn_voc_aug),
+    ):
+        RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}"] = partial(_fpn, _size)
         RECIPES[f"meta_spikeformer_{_size}_fpn_{_data}_t4"] = partial(meta_spikeformer.fpn_t4, _size, _data)
     RECIPES[f"meta_spikeformer_{_size}_mask_rcnn_coco"] = partial(meta_spikeformer.mask_rcnn, _size)
 RECIPES["meta_spikeformer_15m_yolo_coco"] = meta_spikeformer.yolo

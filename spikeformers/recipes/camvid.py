@@ -125,6 +125,8 @@ def backbone() -> Recipe:
 def smoke() -> Recipe:
     """A few pictures at 48 x 64, for some steps: does everything run?
 
+    Hardly trained, it scores as chance does, and how many pixels the integer engine keeps says nothing either.
+
     spikeformers train camvid_smoke
     """
     recipe = spike2former_small()

@@ -124,8 +124,22 @@ _FPN_DATA = {  # source, train split and iterations
 }
 
 
-def fpn(size: str, data: str) -> Recipe:
-    """Semantic FPN at T=1: 160,000 iterations of 20 crops of 512 x 512 on ADE20K, 80,000 on VOC."""
+def fpn_ade20k(size: str) -> Recipe:
+    """Semantic FPN at T=1: 160,000 iterations of 20 crops of 512 x 512."""
+    return _fpn(size, "ade20k")
+
+
+def fpn_voc(size: str) -> Recipe:
+    """Semantic FPN at T=1: 80,000 iterations of 20 crops of 512 x 512, on the 1,464 pictures of VOC alone."""
+    return _fpn(size, "voc")
+
+
+def fpn_voc_aug(size: str) -> Recipe:
+    """Semantic FPN at T=1: 80,000 iterations on VOC's 10,582 pictures with SBD's masks (list trainaug)."""
+    return _fpn(size, "voc_aug")
+
+
+def _fpn(size: str, data: str) -> Recipe:
     source, train_split, iterations = _FPN_DATA[data]
     backbone, batch = f"meta_spikeformer_{size}", 20
     epochs = round(epochs_of(iterations, batch=batch, pictures=PICTURES[data]))
@@ -161,8 +175,8 @@ def fpn(size: str, data: str) -> Recipe:
 
 
 def fpn_t4(size: str, data: str) -> Recipe:
-    """The same at T=4 and a rate of 1e-4, from the run at T=1."""
-    first = fpn(size, data)
+    """The recipe without _t4 at T=4 and a rate of 1e-4, from its run at T=1."""
+    first = _fpn(size, data)
     return dataclasses.replace(
         first,
         name=f"{first.name}_t4",

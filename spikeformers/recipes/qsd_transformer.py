@@ -66,7 +66,7 @@ def transfer(size: str, classes: int) -> Recipe:
 
 def fpn_ade20k(size: str) -> Recipe:
     """Semantic FPN of NI-LIF on the ImageNet network, 4 bits in all of it: 160,000 iterations of 20 crops."""
-    spiking = meta_spikeformer.fpn("15m", "ade20k")
+    spiking = meta_spikeformer.fpn_ade20k("15m")
     return dataclasses.replace(
         spiking,
         name=f"qsd_transformer_{size}_fpn_ade20k",

@@ -65,8 +65,10 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises ValueError if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); is {path.parent} the folder of a run?") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}: is {path.parent} the folder of a run?") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def load(folder: Path) -> tuple[dict, dict, dict]:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from spikeformers.attention import balance
 from spikeformers.data.augment import seed_of
 from spikeformers.data.sampler import ResumableSampler
 from spikeformers.data.splits import load_split
+from spikeformers.energy.firing import neurons_of
 from spikeformers.quantize import prepare
 from spikeformers.train import checkpoint
 from spikeformers.train.evaluate import batches_of, firing_rates
@@ -55,7 +56,7 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
     `resume` goes on from the newest checkpoint in `run`, within an epoch too, to the same result as without the
     interruption; a finished run is only read. Works alone and under `accelerate launch` or `torchrun`.
     Raises ValueError for a recipe, data or weights that cannot work, for a loss or inputs that are not finite (the last
-    good checkpoint stays), and if `run` holds another run; OSError if the disk is full.
+    good checkpoint stays), and if `run` holds another run or has lost its model; OSError if the disk is full.
     """
     run = Path(run)
     accelerator = _accelerator()
@@ -63,6 +64,11 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
         torch.set_num_threads(recipe.threads)
     _check_folder(recipe, run, resume=resume)
     if resume and (run / "summary.json").is_file():
+        if not (run / "model").is_dir():
+            raise ValueError(
+                f"{run} is finished, but its {run / 'model'} is gone: put it back, or remove {run / 'summary.json'} "
+                "and --resume again, which makes both from the last checkpoint (without checkpoints/: trains anew)"
+            )
         return read_summary(run)
     console = console if accelerator.is_main_process else None
     folder = checkpoint.newest(run / "checkpoints") if resume else None
@@ -159,9 +165,8 @@ class _Work:
             )
         for split in (train_split, self.test_split):
             if split.skipped:
-                self.notes.append(
-                    f"images skipped because they cannot be read: {len(split.skipped)}; first: {split.skipped[0]}"
-                )
+                count, first = len(split.skipped), split.skipped[0]
+                self.notes.append(f"images skipped because they cannot be read or used: {count}; first: {first}")
         self.train_split = train_split
         self.sampler = ResumableSampler(
             len(train_split),
@@ -204,6 +209,7 @@ class _Work:
         if bits := recipe.quantize.chosen():  # after loading: step sizes come from the weights
             prepare(network, bits=bits, **recipe.quantize.options())
         self.plain = self.task.wrap(network)
+        self.neurons = len(neurons_of(self.plain))
         self.plain.to(device, self.dtype, memory_format=self.layout)
         if recipe.init.balance and fresh:
             self.notes.append(self._balanced(trained))
@@ -320,15 +326,15 @@ class _Work:
         """The step that starts a run; it says which neurons do not fire."""
         with silent_neurons(self.plain) as self.unfired:
             found = self._train_step(batches)
-        self._say_silent(self.unfired, FIRST, show)
+        self._say_silent(self.unfired, FIRST, show, neurons=self.neurons)
         self.unfired = []
         return found
 
-    def _say_silent(self, names: Iterable[str], where: str, show: Display) -> None:
-        """A line about neurons that did not fire there, once for each neuron."""
+    def _say_silent(self, names: Sequence[str], where: str, show: Display, *, neurons: int) -> None:
+        """A line about those of all `neurons` that did not fire there; each is named once."""
         if new := [name for name in names if name not in self.silent]:
             self.silent.update(new)
-            show.line(described(new, where))
+            show.line(described(new, where, silent=len(names), neurons=neurons))
 
     def _rate(self, step: int) -> float:
         """Learning rate of the optimiser step number `step` of the run, before any layer's own scale."""
@@ -366,7 +372,8 @@ class _Work:
             raise ValueError(self._not_finite("an input image has values that are not finite"))
         if not np.isfinite([loss, norm]).all():
             raise ValueError(
-                self._not_finite(f"the loss is {loss} and the gradient norm {norm}") + cure(self.unfired, recipe=recipe)
+                self._not_finite(f"the loss is {loss} and the gradient norm {norm}")
+                + cure(self.unfired, neurons=self.neurons, recipe=recipe)
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -394,7 +401,8 @@ class _Work:
             better = self.best_score is None or self.last.score >= self.best_score
             sample = next(iter(batches_of(self.test_split, batch_size=self.task.sampled_images)))
             rates, values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])
-            self._say_silent((name for name, rate in rates.items() if rate == 0), "a test batch", show)
+            silent = [name for name, rate in rates.items() if rate == 0]
+            self._say_silent(silent, "a test batch", show, neurons=len(rates))
         seconds = training + time.perf_counter() - began
         images = self.step * recipe.batch_size * recipe.accumulate * self.accelerator.num_processes
         values |= {

@@ -251,6 +251,15 @@ _LEAST = {
 }
 
 
+_USUAL_NAMES = {  # last word of a path, as other programs have it -> what to say
+    "learning_rate": "closest: optim.lr",
+    "num_epochs": "closest: epochs",
+    "batch": "closest: batch_size",
+    "num_workers": "closest: workers",
+    "num_classes": "classes come with the data: its folders or lists, of a maskfolder classes.txt or data.classes",
+}
+
+
 def refuse_others(recipe: Recipe, task: str) -> None:
     """Raises ValueError for settings of a dense `task` ("segmentation", "detection") that it has no use for."""
     values = {
@@ -299,7 +308,8 @@ def _override(group, parts: list[str], text: str, path: str, known: list[str]):
         # `epochs` for `optim.epochs` or the other way round is the usual slip, so the last word counts too
         same_word = [known_path for known_path in known if known_path.split(".")[-1] == parts[-1]]
         close = same_word or difflib.get_close_matches(path, known, n=3, cutoff=0.4)
-        raise ValueError(f"unknown recipe field {path!r}; closest: {', '.join(close or known)}")
+        said = _USUAL_NAMES.get(parts[-1], f"closest: {', '.join(close or known)}")
+        raise ValueError(f"unknown recipe field {path!r}; {said}")
     value = getattr(group, name)
     if dataclasses.is_dataclass(value):
         if not rest:
@@ -354,6 +364,9 @@ def _convert(value: object, kind: object, path: str) -> object:
         return float(value)
     elif isinstance(kind, type) and type(value) is kind:  # exactly: True is not the number 1 here
         return value
+    if origin is tuple and Ellipsis not in arguments:
+        example = ",".join(("48", "64", "96")[: len(arguments)])
+        raise ValueError(f"{path} takes {len(arguments)} numbers, such as {path}={example}, got {value!r}")
     wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
     raise ValueError(f"{path} must be of type {wanted}, got {value!r}")
 

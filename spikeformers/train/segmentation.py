@@ -5,6 +5,7 @@ Papers: Meta-SpikeFormer, Sec. 4.4; Spike2Former, Sec. 4. Losses are in heads/, 
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from spikeformers.data.segmentation import SegmentationSplit
+from spikeformers.data.segmentation_augment import IGNORE
 from spikeformers.deploy import integer
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.evaluate import energy_and_firing
@@ -34,6 +36,9 @@ from spikeformers.train.segmentation_pictures import (
     draw_sampling,
 )
 from spikeformers.train.summary import SegmentationSummary, circumstances, weights_of
+from spikeformers.weights.load import few
+
+logger = logging.getLogger(__name__)
 
 
 def windows_of(recipe: Recipe) -> Windows | None:
@@ -57,6 +62,21 @@ def windows_of(recipe: Recipe) -> Windows | None:
     return Windows(tuple(crop), tuple(stride))
 
 
+def check_occurring(split: SegmentationSplit) -> None:
+    """Warn of classes without a pixel in the training masks; nothing is known of a set too large for memory.
+
+    Raises ValueError if no pixel has a label.
+    """
+    found = split.labels_in_memory()
+    if found is None:
+        return
+    hint = f"if it is {IGNORE} in the masks: {IGNORE} is ignored, so write class numbers (0 and 1 instead of 0 and 255)"
+    if not found:
+        raise ValueError(f"no pixel of the {len(split)} training masks has a class, all are {IGNORE}: {hint}")
+    if absent := [name for number, name in enumerate(split.classes) if number not in found]:
+        logger.warning("no pixel of the %d training masks is %s; %s", len(split), few(absent), hint)
+
+
 class SemanticSegmentation:
     """A class for every pixel, by a network with `loss(output, labels)` and `semantic(output, size)`."""
 
@@ -65,9 +85,10 @@ class SemanticSegmentation:
     def __init__(self, recipe: Recipe, *, split: SegmentationSplit, device: torch.device) -> None:
         """`split`: for training; class weights come from it.
 
-        Raises ValueError for settings that only classifiers and pre-trainings have.
+        Raises ValueError for settings that only classifiers and pre-trainings have, and for masks without a label.
         """
         refuse_others(recipe, "segmentation")
+        check_occurring(split)
         self.windows = windows_of(recipe)
         self.class_weights: Tensor | None = None
         if power := recipe.segmentation.class_weights:

@@ -27,8 +27,10 @@ _SHOWN = 4  # test pictures
 _WIDTH = 320  # pixels of a shown picture
 _AVERAGED = 64  # test pictures behind the mean masks
 _QUERY_SIDE = 64  # pixels of a mean mask
-_OPACITY = 0.6
-_LINE, _COLUMN = 18, 170  # pixels of an entry of a legend
+_OPACITY = 0.5
+_LINE, _COLUMN, _LETTER = 18, 170, 12  # pixels of an entry of a legend, and of its letters
+_ROOMY = 640  # pixels of a picture from which on its legend grows with it
+_TITLES = ("picture", "labels", "prediction")  # of the columns of SAMPLES
 
 
 def overlay(picture: Tensor, labels: Tensor, *, colours: Tensor) -> Tensor:
@@ -49,45 +51,79 @@ def shares_of(labels: Tensor) -> list[tuple[int, float]]:
 
 
 def with_legend(picture: Tensor, entries: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """A picture uint8 [3,H,W] above a strip that names what its colours are."""
-    width = max(picture.shape[2], _COLUMN)
-    columns = max(width // _COLUMN, 1)
-    rows = -(-len(entries) // columns)
-    page = Image.new("RGB", (width, picture.shape[1] + rows * _LINE + 8), "white")
+    """A picture uint8 [3,H,W] above a strip that names what its colours are, in letters that suit its width.
+
+    Pictures narrower than a page are enlarged by a whole factor.
+    """
+    factor = -(-_WIDTH // picture.shape[2])
+    picture = picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    height, width = picture.shape[1:]
+    line, column, letter, gap = _scaled(_LINE, _COLUMN, _LETTER, 4, width=width)
+    columns = width // column
+    page = Image.new("RGB", (width, height + -(-len(entries) // columns) * line + 2 * gap), "white")
     page.paste(to_pil(picture), (0, 0))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=letter)
     for index, (name, colour) in enumerate(entries):
-        left, top = index % columns * _COLUMN + 4, picture.shape[1] + index // columns * _LINE + 5
-        draw.rectangle((left, top, left + 12, top + 12), fill=tuple(colour.tolist()), outline="grey")
-        draw.text((left + 18, top - 1), name, fill="black", font=font)
+        left, top = index % columns * column + gap, height + index // columns * line + gap
+        draw.rectangle((left, top, left + letter, top + letter), fill=tuple(colour.tolist()), outline="grey")
+        draw.text((left + letter + gap, top + letter / 2), name, fill="black", font=font, anchor="lm")
+    return page
+
+
+def with_titles(page: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """A page of equal columns below a strip with the title of each."""
+    line, letter = _scaled(_LINE, _LETTER, width=page.width)
+    titled = Image.new("RGB", (page.width, page.height + line), "white")
+    titled.paste(page, (0, line))
+    draw, font = ImageDraw.Draw(titled), ImageFont.load_default(size=letter)
+    for index, title in enumerate(titles):
+        middle = (index + 0.5) * page.width / len(titles)
+        draw.text((middle, line / 2), title, fill="black", font=font, anchor="mm")
+    return titled
+
+
+def _scaled(*pixels: int, width: int) -> list[int]:
+    """Sizes of letters and lines on a page of this width."""
+    return [round(max(1.0, width / _ROOMY) * each) for each in pixels]
+
+
+def numbered(page: Image.Image, *, count: int, columns: int, side: int) -> Image.Image:
+    """A page of `count` square tiles, `side` pixels from one to the next, with the number of each in its corner."""
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=_LETTER)
+    for index in range(count):
+        place = index % columns * side + 5, index // columns * side + 3
+        draw.text(place, str(index), fill="white", font=font, stroke_width=1, stroke_fill="black")
     return page
 
 
 @torch.no_grad()
 def draw_samples(model: nn.Module, split: SegmentationSplit, path: Path, *, windows: Windows | None = None) -> None:
-    """Write rows of picture, truth and prediction of some test pictures to a PNG file."""
-    colours, tiles = torch.as_tensor(split.colours), []
+    """Write rows of picture, truth and prediction of some test pictures to a PNG file, with the classes in them."""
+    colours, tiles, shown = torch.as_tensor(split.colours), [], set()
     for index in drawn(len(split), _SHOWN):
         picture, truth = split.picture(index), split.mask(index)
         scores = scores_of(model, split[index][0][None], size=tuple(truth.shape), windows=windows)
         for labels in (None, truth, scores[0].argmax(0)):
             tile = picture.expand(3, -1, -1) if labels is None else overlay(picture, labels, colours=colours)
             tiles.append(page_wide(tile))
+            shown |= set() if labels is None else set(labels.unique().tolist()) - {IGNORE}
     height = max(tile.shape[1] for tile in tiles)
     tiles = [F.pad(tile, (0, 0, 0, height - tile.shape[1]), value=255) for tile in tiles]
-    save_picture(to_pil(make_grid(tiles, nrow=3, padding=4, pad_value=255)), path)
+    grid = make_grid(tiles, nrow=len(_TITLES), padding=4, pad_value=255)
+    entries = [(split.classes[label], colours[label]) for label in sorted(shown)]
+    save_picture(with_titles(with_legend(grid, entries), _TITLES), path)
 
 
-def page_wide(picture: Tensor) -> Tensor:
-    """uint8 [3,H,W] at the width of the page, its ratio kept; small pictures are enlarged without smoothing."""
-    height = max(1, round(picture.shape[1] * _WIDTH / picture.shape[2]))
-    mode = {"mode": "nearest"} if picture.shape[2] < _WIDTH else {"mode": "bilinear", "antialias": True}
-    return F.interpolate(picture[None].float(), (height, _WIDTH), **mode)[0].round().byte()
+def page_wide(picture: Tensor, *, width: int = _WIDTH) -> Tensor:
+    """uint8 [3,H,W] at the `width` of a page, its ratio kept; small pictures are enlarged without smoothing."""
+    height = max(1, round(picture.shape[1] * width / picture.shape[2]))
+    mode = {"mode": "nearest"} if picture.shape[2] < width else {"mode": "bilinear", "antialias": True}
+    return F.interpolate(picture[None].float(), (height, width), **mode)[0].round().byte()
 
 
 @torch.no_grad()
 def draw_queries(model: nn.Module, split: Dataset, path: Path) -> bool:
-    """Write the mean mask of each query over test pictures to a PNG file; False for a head without queries."""
+    """Write the mean mask of each query over test pictures to a PNG file, with its number; False without queries."""
     total, count = 0, 0
     for images, _ in batches_of(split, batch_size=1, images=_AVERAGED):
         output = model(images)
@@ -98,7 +134,8 @@ def draw_queries(model: nn.Module, split: Dataset, path: Path) -> bool:
     means = (total / count).unsqueeze(1)
     low, high = means.amin((2, 3), keepdim=True), means.amax((2, 3), keepdim=True)  # each by its own contrast
     shown = ((means - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
-    save_picture(to_pil(make_grid(shown, nrow=10, padding=2, pad_value=255)), path)
+    page = to_pil(make_grid(shown, nrow=10, padding=2, pad_value=255))
+    save_picture(numbered(page, count=len(shown), columns=10, side=_QUERY_SIDE + 2), path)
     return True
 
 
@@ -130,16 +167,16 @@ def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> boo
     points = attentions[-1].sampling_points(inputs[0])[0]
     height, width = cells = tuple(points.shape[-2:])
     chosen = points[..., height // 2, width // 2].flatten(0, 1)
-    picture = page_wide(split.picture(index).expand(3, -1, -1))
+    picture = page_wide(split.picture(index).expand(3, -1, -1), width=2 * _WIDTH)
     seen = tuple(image.shape[-2:])
     stride = next(each for each in model.feature_info.strides if (-(-seen[0] // each), -(-seen[1] // each)) == cells)
     place = partial(placed, stride=stride, seen=seen, page=tuple(picture.shape[-2:]))
     page = to_pil(picture)
     draw = ImageDraw.Draw(page)
     for x, y in place(chosen).tolist():
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="yellow", outline="black")
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill="yellow", outline="black")
     x, y = place(torch.tensor([width // 2, height // 2])).tolist()
-    draw.rectangle((x - 4, y - 4, x + 4, y + 4), outline="red", width=2)
+    draw.rectangle((x - 7, y - 7, x + 7, y + 7), outline="red", width=3)
     save_picture(page, path)
     return True
 

@@ -15,6 +15,7 @@ from spikeformers.train.recipe import Recipe
 from spikeformers.weights.load import few
 
 FIRST = "the first step"
+GUIDE = '"Start from nothing" in docs/guides/segmentation.md'
 
 
 @contextmanager
@@ -41,18 +42,18 @@ def silent_neurons(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def described(names: Sequence[str], where: str) -> str:
-    """A line about neurons that gave no spike there."""
-    return f"silent in {where}: {few(list(names))} ({len(names)} without any spike)"
+def described(names: Sequence[str], where: str, *, silent: int, neurons: int) -> str:
+    """A line that names neurons which gave no spike there, as `silent` of all `neurons` did."""
+    return f"silent in {where}: {few(list(names))} ({silent} of {neurons} neurons without any spike, see {GUIDE})"
 
 
-def cure(names: Sequence[str], *, recipe: Recipe) -> str:
-    """What to add to the complaint about a first step that is not finite, given the neurons silent in it."""
+def cure(names: Sequence[str], *, neurons: int, recipe: Recipe) -> str:
+    """What to add to the complaint about a first step that is not finite, given those of the `neurons` silent in it."""
     if not names:
         return ""
     text = (
-        f"; {described(names, FIRST)}: batch norms behind them swell gradients, so start from trained weights "
-        "(init.backbone), or use larger batches or fewer model.levels"
+        f"; {described(names, FIRST, silent=len(names), neurons=neurons)}: batch norms behind them swell gradients, "
+        "so start from trained weights (init.backbone), or use larger batches or fewer model.levels"
     )
     if isinstance(recipe.data, SegmentationData) and not recipe.init.balance:
         text += (

@@ -423,13 +423,16 @@ def _load(model: nn.Module, own: dict[str, Tensor], *, kept: list[str], dropped:
     computed = _absent_steps(model, own)
     kept = [key for key in kept if key not in computed and key not in scales]
     complete = {key: expected[key] for key in kept} | scales | own
-    _check_fit(model, complete, describe)
+    _check_fit(model, complete, looks=f"; the file looks like {describe(own)}" if describe is not None else "")
     model.load_state_dict(complete)
     return LoadReport(len(own), (*dropped, *extra_heads), tuple(kept), tuple(computed), tuple(scales))
 
 
-def _check_fit(model: nn.Module, weights: dict[str, Tensor], describe=None) -> None:
-    """Raises ValueError unless `weights` has exactly the keys and shapes of the model, but for step sizes."""
+def _check_fit(model: nn.Module, weights: dict[str, Tensor], *, looks: str = "") -> None:
+    """Raises ValueError unless `weights` has exactly the keys and shapes of the model, but for step sizes.
+
+    `looks`: what to add to the complaint.
+    """
     own = model.state_dict()
     computed = set(_absent_steps(model, weights))
     missing = [key for key in own if key not in weights and key not in computed]
@@ -442,7 +445,6 @@ def _check_fit(model: nn.Module, weights: dict[str, Tensor], describe=None) -> N
         shapes = [f"{key} is {tuple(weights[key].shape)}, needs {tuple(own[key].shape)}" for key in wrong]
         problems.append(f"{len(wrong)} of another shape ({few(shapes)})")
     if problems:
-        looks = f"; the file looks like {describe(weights)}" if describe is not None else ""
         hint = _low_bit_hint(extra)
         raise ValueError(f"weights do not fit this {type(model).__name__}: {'; '.join(problems)}{looks}{hint}")
 

@@ -37,9 +37,10 @@ class SegmenterKeys:
         return (self.backbone if self.head.own_key(key) is None else self.head).own_tensor(key, tensor)
 
     def describe_widths(self, weights: dict[str, Tensor]) -> str:
-        """Which sizes `weights` (our keys) look like, for the message when they do not fit."""
+        """Which sizes `weights` (our keys) look like, for the message when they do not fit; heads of a kind known."""
         stages = {key.removeprefix("backbone."): tensor for key, tensor in weights.items()}
-        return f"{self.backbone.describe_widths(stages)} with a head of {self.head.describe_sizes(weights)}"
+        sizes = self.head.describe_sizes(weights)
+        return self.backbone.describe_widths(stages) + (f" with a head of {sizes}" if sizes else "")
 
 
 def keys_of(config: SegmenterConfig) -> SegmenterKeys | None:

@@ -46,7 +46,7 @@ def own_tensor(key: str, tensor: Tensor) -> Tensor:
 
 
 def describe_sizes(weights: dict[str, Tensor]) -> str:
-    """Which options `weights` (our keys) were built with, for the message when they do not fit."""
+    """Which options `weights` (our keys) were built with, for the message when they do not fit; "" of another head."""
     found = {
         "neck_dim": "head.neck.output.0.conv.weight",
         "fpn_dim": "head.classifier.branches.0.0.conv.conv.weight",
@@ -57,5 +57,5 @@ def describe_sizes(weights: dict[str, Tensor]) -> str:
         found["neck_dim"] = "head.neck.output.0.conv.conv.weight"
     sizes = {name: weights[key].shape[0] for name, key in found.items() if key in weights}
     if not sizes:
-        return "no Semantic FPN"
+        return ""
     return ", ".join([f"neck={neck!r}", *(f"{name}={size}" for name, size in sizes.items())])

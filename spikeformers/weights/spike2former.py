@@ -95,7 +95,7 @@ def own_tensor(key: str, tensor: Tensor) -> Tensor:
 
 
 def describe_sizes(weights: dict[str, Tensor]) -> str:
-    """Which options `weights` (our keys) were built with, for the message when they do not fit."""
+    """Which options `weights` (our keys) were built with, for the message when they do not fit; "" of another head."""
     found = {
         "dim": ("head.decoder.query_features", 1, 0),
         "queries": ("head.decoder.query_features", 0, 0),
@@ -104,4 +104,4 @@ def describe_sizes(weights: dict[str, Tensor]) -> str:
         "num_classes": ("head.embedding.classifier.weight", 0, 1),  # one output is for no object
     }
     sizes = {name: weights[key].shape[axis] - less for name, (key, axis, less) in found.items() if key in weights}
-    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "no Spike2Former head"
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -282,4 +282,4 @@ def test_parts_of_it_are_written_as_nir(said_by, copied):
 
 
 def test_a_classifier_takes_no_out(refused, trained, street):
-    assert "--out is for pictures with the classes of pixels" in refused("predict", trained[0], street, "--out", ".")
+    assert "--out is for pictures of where something is" in refused("predict", trained[0], street, "--out", ".")

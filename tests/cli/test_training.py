@@ -70,7 +70,7 @@ def test_training_on_a_folder_names_the_broken_image_or_skips_it(said_by, refuse
     assert not (tmp_path / "run").exists()
     code, out, err = said_by(*command, "data.skip_unreadable=true")
     assert code == 0, err
-    assert "images skipped because they cannot be read: 1; first: " in out
+    assert "images skipped because they cannot be read or used: 1; first: " in out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["classes"] == ["dark", "light"]
 
 

@@ -129,6 +129,12 @@ def test_a_bad_file_stops_by_name_or_is_skipped_and_counted(mask_folder, monkeyp
         load_segmentation_split(spec_of(mask_folder, skip_unreadable=True), "test")
 
 
+def test_labels_in_memory_are_known_and_those_of_a_large_set_are_not(mask_folder, monkeypatch):
+    assert load_segmentation_split(spec_of(mask_folder), "train").labels_in_memory() == {0, 1, 2}  # 255 is none
+    monkeypatch.setattr(segmentation, "MEMORY_LIMIT", 0)
+    assert load_segmentation_split(spec_of(mask_folder), "train").labels_in_memory() is None
+
+
 def test_decoding_a_large_set_for_its_bad_files_is_announced(mask_folder, monkeypatch, caplog):
     monkeypatch.setattr(segmentation, "MEMORY_LIMIT", 0)
     with caplog.at_level("INFO"):
@@ -148,7 +154,7 @@ def test_indices_outside_the_split_and_unknown_splits_are_refused(mask_folder):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"source": "camvis"}, "unknown data.source 'camvis'; closest: camvid"),
+        ({"source": "camvis"}, r"unknown data.source 'camvis'; closest: camvid \(of ade20k, .*, camvid, maskfolder\)"),
         ({"source": "camvid", "classes": ("a",)}, "data.classes are for a maskfolder: the classes of camvid are fixed"),
         ({"in_channels": 2}, r"data.in_channels must be 1 \(grey\) or 3 \(RGB\) for pictures, got 2"),
         ({"interpolation": "nearest"}, "data.interpolation must be bicubic or bilinear, got 'nearest'"),

@@ -228,7 +228,8 @@ def test_masks_that_do_not_fit_are_refused_by_name(mask_folder):
         load("maskfolder", mask_folder)
     mask.unlink()
     with pytest.raises(
-        ValueError, match=r"image .*images/00.png has no mask 00.* in .*train/masks: add it or remove the image"
+        ValueError,
+        match=r"image .*images/00.png has no mask 00.png in .*train/masks: add it or remove .*there is 01.png",
     ):
         load("maskfolder", mask_folder)
     Image.new("L", (32, 24)).save(mask)
@@ -239,7 +240,29 @@ def test_masks_that_do_not_fit_are_refused_by_name(mask_folder):
         load("maskfolder", mask_folder)
 
 
-def test_missing_folders_are_named(tmp_path):
+def test_masks_in_another_form_or_place_are_refused_with_the_forms_and_places_that_are_read(mask_folder):
+    masks = mask_folder / "train/masks"
+    for path in masks.iterdir():
+        path.rename(path.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"train/masks holds 00.jpg: masks must be PNG files, since JPEG"):
+        load("maskfolder", mask_folder)
+    masks.rename(mask_folder / "train/labels")
+    layouts = "train/images and train/masks, in images/train and masks/train, or in images and masks"
+    with pytest.raises(ValueError, match=rf"no folder .*train/masks \(folders there: images, labels\): .*{layouts}"):
+        load("maskfolder", mask_folder)
+
+
+def test_a_folder_of_ones_own_is_told_from_a_public_set(mask_folder):
+    with pytest.raises(ValueError, match=r"train holds no file \*.png \*.jpg.*of your own: set data.source=maskfolder"):
+        load("camvid", mask_folder)
+
+
+def test_missing_folders_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"no folder absent in {re.escape(str(tmp_path))}; set it, or SPIKEFORMERS_DATA"
+    ):
+        load("camvid", Path("absent"))
     with pytest.raises(ValueError, match=r"data.source=ade20k needs data.root"):
         load_segmentation_split(SegmentationData(source="ade20k"), "train")
     with pytest.raises(ValueError, match=r"no folder .*/absent"):
@@ -250,7 +273,8 @@ def test_missing_folders_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load(source, tmp_path)
-    (tmp_path / "images").mkdir()
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"images holds no file \*.jpg.*: is data.root right?"):
         load("maskfolder", tmp_path, classes=("a",))
 
@@ -278,6 +302,7 @@ def test_lists_of_classes_that_cannot_be_are_refused(tmp_path):
         ("", "classes.txt names 0 classes: 1 to 255 are possible"),
         ("a\nb\na 1 2 3\n", "classes.txt names the class 'a' twice: rename one"),
         ("a 1 2 300\n", r"gives the class 'a' a colour above 255: \[1, 2, 300\]"),
+        ("sky 1 2\n", "'sky 1 2' ends in two numbers; a colour has three: name red green blue"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

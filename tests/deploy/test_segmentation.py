@@ -304,11 +304,11 @@ def test_an_onnx_file_gives_the_same_by_the_same_names(segmenter, unchecked, pic
     model, images = low_bit(segmenter(kind, **({} if kind == "fpn" else SHORT))).float(), pictures.float()
     model = model if form == "float" else integer(model, images)
     graph = onnx_graph(model, images, form=form).SerializeToString()
-    found = session(graph, images[:1])  # the batch is free
-    wanted = named_outputs(model(images[:1]))
-    assert list(found) == list(wanted) == (["logits"] if kind == "fpn" else ["class_logits", "mask_logits"])
-    for name, expected in wanted.items():
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=FLOAT32)
+    for given in (images[:1], torch.cat((images, images[:1].flip(-1)))):  # the batch is free
+        found, wanted = session(graph, given), named_outputs(model(given))
+        assert list(found) == list(wanted) == (["logits"] if kind == "fpn" else ["class_logits", "mask_logits"])
+        for name, expected in wanted.items():
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("kind", [SDDA, ReleasedSDDA])

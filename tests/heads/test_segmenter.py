@@ -50,6 +50,17 @@ def test_an_unknown_option_lists_those_of_all_parts():
         small(neck_dims=3)
 
 
+def test_labels_of_another_type_and_sizes_that_are_none_are_refused(unchecked):
+    model, images = small(), torch.rand(1, 3, 32, 32).double()
+    output = model(images)
+    labels = torch.zeros(1, 40, 48)  # labels keep their size
+    assert model.loss(output, labels.long()).isfinite()
+    with pytest.raises(ValueError, match=r"labels must be of torch.int64, got torch.uint8: give labels.long\(\)"):
+        model.loss(output, labels.byte())
+    with pytest.raises(ValueError, match=r"size must be a height and a width, such as \(48, 64\), got 48"):
+        model.semantic(output, 48)
+
+
 def test_logits_do_not_depend_on_who_shares_the_batch():
     model, images = small(steps=2), torch.rand(3, 3, 32, 48).double()
     together = model(images)

@@ -144,6 +144,19 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
         train(tiny(epochs=2), run=tmp_path, resume=True)
 
 
+def test_a_finished_run_without_its_model_says_so_and_makes_it_again(tiny, tmp_path):
+    first = train(tiny(epochs=1), run=tmp_path)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"is finished, but its .*/model is gone: .*remove .*/summary.json and --resume"
+    ):
+        train(tiny(epochs=1), run=tmp_path, resume=True)
+    (tmp_path / "summary.json").unlink()
+    assert train(tiny(epochs=1), run=tmp_path, resume=True).accuracy == first.accuracy
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
 def test_the_same_seed_gives_the_same_network_and_another_does_not(tiny, tmp_path):
     result = train_seeds(tiny(epochs=1), (0, 1), run=tmp_path / "two")
     again = train(tiny(epochs=1), run=tmp_path / "again")

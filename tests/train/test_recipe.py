@@ -51,6 +51,8 @@ def test_override_reaches_builder_options(tiny):
         ("optim.lrr", "1", "optim.lrr.*closest.*optim.lr"),
         ("lr", "1", "unknown recipe field 'lr'; closest: optim.lr$"),
         ("epoch", "1", "closest.*epochs"),
+        ("optim.learning_rate", "1", "unknown recipe field 'optim.learning_rate'; closest: optim.lr$"),
+        ("model.num_classes", "3", "unknown recipe field 'model.num_classes'; classes come with the data"),
         ("optim", "1", "group of fields.*optim.lr"),
         ("epochs.x", "1", "no parts"),
         ("epochs", "many", "epochs must be of type int, got 'many'"),
@@ -84,6 +86,8 @@ def test_data_of_every_kind_survives_json_and_can_be_set(segmenting):
     assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
     changed = override(recipe, "data.augment.scale", "0.5,2")
     assert changed.data.augment.scale == (0.5, 2.0)
+    with pytest.raises(ValueError, match=r"data\.size takes 2 numbers, such as data\.size=48,64, got \[48\]"):
+        override(recipe, "data.size", "48")
     changed = override(override(changed, "optim.rates.backbone", "0.1"), "segmentation.test", "slide")
     assert changed.optim.rates == {"head": 2.0, "backbone": 0.1}
     assert from_json(json.loads(json.dumps(to_json(changed)))) == changed

@@ -143,7 +143,7 @@ def test_report_without_the_images_says_why(tmp_path, recipe, summary):
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe\.json"):
+    with pytest.raises(ValueError, match=rf"^no file {tmp_path}/recipe\.json: is {tmp_path} the folder of a run\?$"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

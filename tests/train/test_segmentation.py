@@ -3,10 +3,14 @@
 import dataclasses
 import io
 import json
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
@@ -149,6 +153,24 @@ def test_balanced_weights_reach_the_loss(segmenting):
     assert torch.equal(seen[0], expected)
 
 
+@pytest.mark.parametrize("written", [255, 0])
+def test_masks_without_a_class_are_refused_and_absent_classes_are_named(written, segmenting, painted, tmp_path, caplog):
+    """As where somebody writes 255 for the one class that is meant, or marks nothing at all."""
+    shutil.copytree(painted, tmp_path / "binary")
+    for path in (tmp_path / "binary/train/masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 0, written, 255).astype(np.uint8)).save(path)
+    recipe = segmenting(data=dataclasses.replace(segmenting().data, root=str(tmp_path / "binary")))
+    split = load_split(recipe.data, "train")
+    if written == 255:
+        with pytest.raises(ValueError, match=r"no pixel of the 6 training masks has a class.*0 and 1 instead of 0 and"):
+            SemanticSegmentation(recipe, split=split, device=CPU)
+        return
+    SemanticSegmentation(recipe, split=split, device=CPU)
+    (message,) = caplog.messages
+    assert message.startswith("no pixel of the 6 training masks is square, band; if it is 255 in the masks: 255 is ign")
+
+
 def test_a_training_ends_in_a_summary_that_its_network_reaches_again(segmenting, tmp_path):
     testing = dataclasses.replace(segmenting().testing, every=22)
     recipe = segmenting(epochs=22, optim=Optim(lr=0.1, clip_grad=1.0), testing=testing)
@@ -279,6 +301,7 @@ def test_neurons_that_never_fire_are_named_once(segmenting, tmp_path):
     train(segmenting(), run=tmp_path / "run", console=Console(file=text, width=1000))
     lines = [line for line in text.getvalue().splitlines() if line.startswith("silent in")]
     assert lines[0].startswith("silent in the first step: ")
+    assert re.search(r"\((\d+) of 46 neurons without any spike, see \"Start from nothing\" in docs/guides/", lines[0])
     named = [name for line in lines for name in line.split(": ")[1].split(" (")[0].split(", ")[:3]]
     assert len(named) == len(set(named))
 

@@ -192,6 +192,13 @@ def test_a_classifiers_file_is_sent_to_load_backbone_which_takes_it(official, so
         load_backbone(model_of(dims=(16, 32, 64, 80)), tmp_path / "checkpoint-199.pth")
 
 
+def test_a_head_that_stays_out_is_not_described(source, tmp_path):
+    source.save_pretrained(tmp_path)
+    other = create_model("meta_spikeformer_15m_fpn_voc", dims=(16, 32, 64, 80), blocks=(1, 1, 1, 1, 1), fpn_dim=8)
+    with pytest.raises(ValueError, match=r"the file looks like dims=\(8, 16, 32, 40\)$"):
+        load_backbone(other, tmp_path)
+
+
 def test_the_authors_segmenter_starts_one_with_other_classes(official, source, tmp_path):
     save_file(official, tmp_path / "ade20k.safetensors")
     model = model_of(num_classes=3)

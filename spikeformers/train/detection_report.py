@@ -1,13 +1,12 @@
 """What the report page of a detection shows besides what all runs have: its tiles, classes, curves and pictures."""
 
-from pathlib import Path
-
 import numpy as np
 
 from spikeformers.train.detection_pictures import SAMPLES
 from spikeformers.train.results import detections_agreeing, short
 
 CLASS_HEADING = "AP50 of each class"
+PER_CLASS = "per_class_ap50"  # of a summary
 LINES = 3  # of a chart
 CAPTIONS = {
     SAMPLES: "Test pictures in pairs: the boxes that annotations say, and what the network finds with a score of 0.3 "
@@ -34,16 +33,6 @@ def tiles(summary: dict) -> list[tuple[str, str, str]]:
     return rows
 
 
-def class_bars(summary: dict) -> list[dict]:
-    """AP50 of every class with its colour, best first; classes that the test split does not hold are left out."""
-    known = {name: ap for name, ap in summary["per_class_ap50"].items() if ap is not None}
-    colours = {name: f"rgb{tuple(rgb)}" for name, rgb in zip(summary["classes"], summary["colours"], strict=True)}
-    return [
-        {"name": name, "width": round(100 * ap, 2), "text": f"{100 * ap:.1f} %", "colour": colours[name]}
-        for name, ap in sorted(known.items(), key=lambda each: -each[1])
-    ]
-
-
 def precisions(summary: dict) -> dict[str, list[tuple[float, float]]]:
     """Points (recall, precision) in percent, at most three lines: of each class, or their mean, the best and the worst.
 
@@ -61,8 +50,3 @@ def precisions(summary: dict) -> dict[str, list[tuple[float, float]]]:
 def engine_note(summary: dict) -> str:
     """A sentence about the integer engine."""
     return detections_agreeing(summary["integer_agreement"], refused=summary["integer_refused"])
-
-
-def pictures_of(run: Path) -> list[tuple[Path, str]]:
-    """The pictures that a run left, with what to say about each."""
-    return [(run / name, caption) for name, caption in CAPTIONS.items() if (run / name).is_file()]

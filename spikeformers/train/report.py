@@ -69,9 +69,9 @@ def write_report(run: Path) -> Path:
         reached=reached(agreement) if agreement else "",
         segments=segments(recipe),
         precision=precision_chart(summary) if summary and detects(recipe) else None,
-        classes=dense.class_bars(summary) if dense and summary else [],
+        classes=class_bars(summary, dense.PER_CLASS) if dense and summary else [],
         class_heading=dense.CLASS_HEADING if dense else "",
-        drawn=[(as_png(Image.open(path)), caption) for path, caption in dense.pictures_of(run)] if dense else [],
+        drawn=drawn_pictures(run, dense.CAPTIONS) if dense else [],
         engine_note=dense.engine_note(summary) if dense and summary else "",
         reconstructions=reconstructions(run),
         normalised=recipe.get("pretrain", {}).get("normalise_target", False),
@@ -102,6 +102,22 @@ def dense_page(recipe: dict) -> ModuleType | None:
     if segments(recipe):
         return segmentation_report
     return detection_report if detects(recipe) else None
+
+
+def class_bars(summary: dict, values: str) -> list[dict]:
+    """The field `values` of every class with its colour, best first; classes that the test split lacks are left out."""
+    known = {name: value for name, value in summary[values].items() if value is not None}
+    colours = {name: f"rgb{tuple(rgb)}" for name, rgb in zip(summary["classes"], summary["colours"], strict=True)}
+    return [
+        {"name": name, "width": round(100 * value, 2), "text": f"{100 * value:.1f} %", "colour": colours[name]}
+        for name, value in sorted(known.items(), key=lambda each: -each[1])
+    ]
+
+
+def drawn_pictures(run: Path, captions: dict[str, str]) -> list[tuple[str, str]]:
+    """The pictures that a run left, as data addresses, with what to say about each."""
+    files = [(run / name, caption) for name, caption in captions.items() if (run / name).is_file()]
+    return [(as_png(Image.open(path)), caption) for path, caption in files]
 
 
 def headline(summary: dict) -> list[dict]:

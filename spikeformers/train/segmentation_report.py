@@ -1,15 +1,14 @@
 """What the report page of a segmentation shows besides what all runs have: its tiles, classes and pictures."""
 
-from pathlib import Path
-
 import numpy as np
 
 from spikeformers.train.results import pixels_agreeing, short
 from spikeformers.train.segmentation_pictures import QUERIES, SAMPLES, SAMPLING
 
 CLASS_HEADING = "IoU of each class"
+PER_CLASS = "per_class_iou"  # of a summary
 MASK_NEURON = "mask_spikes.neuron"  # of Spike2Former: the last one, whose spikes meet the pixels
-_CAPTIONS = {
+CAPTIONS = {
     SAMPLES: "Test pictures, their labels, and the classes that the network gives to their pixels.",
     QUERIES: "Mean mask of each query over test pictures, each from dark (its lowest value) to bright (its highest).",
     SAMPLING: "Where the last deformable attention samples (yellow) for the middle pixel (red), in all its groups.",
@@ -38,21 +37,6 @@ def tiles(summary: dict) -> list[tuple[str, str, str]]:
     if found is not None:
         rows.append(("Integer engine", f"{100 * found['same'] / found['total']:.2f} %", "of pixels get the same class"))
     return rows
-
-
-def class_bars(summary: dict) -> list[dict]:
-    """IoU of every class with its colour, best first; classes without any pixel are left out."""
-    ious = {name: iou for name, iou in summary["per_class_iou"].items() if iou is not None}
-    colours = {name: f"rgb{tuple(rgb)}" for name, rgb in zip(summary["classes"], summary["colours"], strict=True)}
-    return [
-        {"name": name, "width": round(100 * iou, 2), "text": f"{100 * iou:.1f} %", "colour": colours[name]}
-        for name, iou in sorted(ious.items(), key=lambda each: -each[1])
-    ]
-
-
-def pictures_of(run: Path) -> list[tuple[Path, str]]:
-    """The pictures that a run left, with what to say about each."""
-    return [(run / name, caption) for name, caption in _CAPTIONS.items() if (run / name).is_file()]
 
 
 def engine_note(summary: dict) -> str:

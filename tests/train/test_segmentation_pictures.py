@@ -9,6 +9,7 @@ from PIL import Image
 from spikeformers.data.splits import load_split
 from spikeformers.train.loop import build_model
 from spikeformers.train.recipe import ModelChoice
+from spikeformers.train.report import class_bars
 from spikeformers.train.segmentation_pictures import (
     draw_queries,
     draw_samples,
@@ -20,7 +21,7 @@ from spikeformers.train.segmentation_pictures import (
     with_legend,
     with_titles,
 )
-from spikeformers.train.segmentation_report import class_bars, in_percent, tiles
+from spikeformers.train.segmentation_report import PER_CLASS, in_percent, tiles
 
 
 def test_an_overlay_mixes_picture_and_colour_and_leaves_ignored_pixels_bare():
@@ -99,7 +100,7 @@ def test_the_report_lists_classes_best_first_with_their_colours():
         "colours": [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
         "confusion": [[3, 1, 0], [0, 2, 0], [0, 0, 0]],
     }
-    assert [(each["name"], each["width"], each["colour"]) for each in class_bars(summary)] == [
+    assert [(each["name"], each["width"], each["colour"]) for each in class_bars(summary, PER_CLASS)] == [
         ("road", 50.0, "rgb(4, 5, 6)"),
         ("sky", 25.0, "rgb(1, 2, 3)"),
     ]

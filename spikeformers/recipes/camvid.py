@@ -1,10 +1,10 @@
 """CamVid: street scenes of 11 classes, 367 pictures to train on, 233 to test; small enough for two CPU cores.
 
-No paper of this library trains on it. Published test mIoU at full size: SegNet 46.4, ENet 52.1, FC-DenseNet56 58.9;
+No paper of this library trains on it. Published test mIoU at full size: SegNet 46.4, FC-DenseNet56 58.9;
 the commonest class of each pixel's place gives 17.0. Ours, seed 0, on one thread: Spike2Former small 46.84, Semantic
-FPN small 47.19, some 65 minutes each where a core is free (benchmarks/results/camvid_*_small_*.json); the recipes for
-one GPU were not trained. The small ones halve all pictures to 180 x 240; scores are counted at 360 x 480. The folder is
-data.root, else $SPIKEFORMERS_DATA/camvid: a zip for each split, or SegNet's tree.
+FPN small 47.19, 1 h 43 min each on cores that other work shared (benchmarks/results/camvid_*_small_*.json); the recipes
+for one GPU were not trained. The small ones halve all pictures to 180 x 240; scores are counted at 360 x 480. The
+folder is data.root, else $SPIKEFORMERS_DATA/camvid: a zip for each split, or SegNet's tree.
 """
 
 import os

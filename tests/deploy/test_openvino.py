@@ -40,6 +40,7 @@ def test_where_float_sums_are_exact_every_bit_is_the_torch_engines(pair, dyadic_
 
 
 def test_ctrl_c_is_heard_after_engines_came_and_went(pair, dyadic_images):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     first, second = copy.deepcopy(pair[2]), copy.deepcopy(pair[2])
     for engine in (first, second):
         engine(dyadic_images(1))
@@ -49,6 +50,7 @@ def test_ctrl_c_is_heard_after_engines_came_and_went(pair, dyadic_images):
     gc.collect()
     with pytest.raises(KeyboardInterrupt):  # on a signal stack that is gone this would end the process
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_another_size_and_other_steps_are_refused(pair, dyadic_images):

@@ -67,7 +67,8 @@ def detection_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -> l
     from spikeformers.train.detection_evaluate import evaluate_detection
     from spikeformers.train.evaluate import batches_of
 
-    found = evaluate_detection(model, batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers))
+    loader = batches_of(split, batch_size=recipe.batch_size, workers=recipe.workers)
+    found = evaluate_detection(model, loader, num_classes=len(split.classes))
     kinds = {"boxes": found.boxes} | ({"masks": found.masks} if found.masks else {})
     rows = []
     for kind, precision in kinds.items():
@@ -82,6 +83,8 @@ def detection_facts(model: "nn.Module", recipe: "Recipe", split: "Dataset") -> l
 
 def predict(arguments: Namespace) -> None:
     """What is in each image, or where, and the energy that its inference takes."""
+    if arguments.score is not None and not 0 <= arguments.score <= 1:
+        raise ValueError(f"--score must lie between 0 and 1, got {arguments.score}")
     if Path(arguments.model).is_file():
         return predict_by_artifact(arguments)
     if arguments.backend != "torch":
@@ -89,16 +92,18 @@ def predict(arguments: Namespace) -> None:
     import torch
 
     from spikeformers import energy
-    from spikeformers.data.images import ImageData, read_image
+    from spikeformers.data.detection import DetectionData
+    from spikeformers.data.images import read_image
     from spikeformers.data.segmentation import SegmentationData
     from spikeformers.train.detection_prediction import box_predictor
     from spikeformers.train.saved import read_trained, run_of
 
     model, spec, classes = read_trained(arguments.model)
+    if isinstance(spec, DetectionData):
+        return predict_boxes(box_predictor(model, spec, classes=classes, source=arguments.model), arguments)
+    refuse_score(arguments)
     if isinstance(spec, SegmentationData):
         return predict_pixels(arguments)
-    if not isinstance(spec, ImageData):
-        return predict_boxes(box_predictor(model, spec, classes=classes, source=arguments.model), arguments)
     refuse_out(arguments)
     images = [read_image(Path(file), spec=spec) for file in arguments.files]  # all of them first: no half answer
     if run_of(Path(arguments.model)) is None:
@@ -121,6 +126,14 @@ def refuse_out(arguments: Namespace) -> None:
         )
 
 
+def refuse_score(arguments: Namespace) -> None:
+    """Raises ValueError for a least score of boxes, where none are found."""
+    if arguments.score is not None:
+        raise ValueError(
+            f"--score is for runs and saved models that find boxes: {arguments.model} is none, leave it out"
+        )
+
+
 def predict_pixels(arguments: Namespace) -> None:
     """The share of each class among the pixels of each image, and a picture of where they are."""
     from spikeformers import energy
@@ -135,17 +148,17 @@ def predict_pixels(arguments: Namespace) -> None:
 def predict_boxes(predictor: "BoxPredictor", arguments: Namespace) -> None:
     """What is found in each image, the most certain first, and a picture of where."""
     from spikeformers import energy
+    from spikeformers.train.detection_pictures import CERTAIN
 
-    if not 0 <= arguments.score <= 1:
-        raise ValueError(f"--score must lie between 0 and 1, got {arguments.score}")
+    threshold = CERTAIN if arguments.score is None else arguments.score
     for file, image, target in to_paint(predictor, arguments):
-        found = predictor.found(image, threshold=arguments.score)
+        found = predictor.found(image, threshold=threshold)
         print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
         for score, label, box in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True):
             x, y, right, bottom = (f"{value:.0f}" for value in box)
             print(f"  {score:.2f}  {predictor.classes[label]}  from ({x}, {y}) to ({right}, {bottom})")
         if not len(found.labels):
-            print(f"  nothing with a score of {arguments.score} or more")
+            print(f"  nothing with a score of {threshold} or more")
         predictor.picture(image, found).save(target)
         print(f"  written: {target}")
 
@@ -195,6 +208,12 @@ def predict_by_artifact(arguments: Namespace) -> None:
         model = load(arguments.model, backend=arguments.backend)
     except ImportError as error:  # an extra that is not installed; the message names it
         raise ValueError(str(error)) from error
+    if model.detects:
+        raise ValueError(
+            f"{arguments.model} is a detector, whose files `predict` does not run: predict its run, or run the file by "
+            "spikeformers.deploy.load and .detect in Python"
+        )
+    refuse_score(arguments)
     if model.preprocessing is None:
         raise ValueError(
             f"{arguments.model} does not say how to prepare pictures: it takes clips, or was saved without; run it by "

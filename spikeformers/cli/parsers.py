@@ -174,9 +174,9 @@ def add_predict(commands: "ActionSubCommands") -> None:
     parser.add_argument(
         "--score",
         type=float,
-        default=0.3,
+        default=None,
         metavar="S",
-        help="least score of boxes to show, 0 to 1 (default: %(default)s)",
+        help="least score of boxes to show, 0 to 1 (default: 0.3)",
     )
     add_command(commands, "predict", parser, "what image files show, and where")
 

@@ -124,16 +124,16 @@ def rounded_up(sizes: Sequence[Size]) -> Size:
     return height, width
 
 
-def read_picture_to_detect(spec: DetectionData, path: str | Path) -> tuple[Tensor, Size, Size]:
-    """One picture file as the model wants it, float32 [C,H,W]; its height and width in there; and those of its file.
+def read_picture_to_detect(spec: DetectionData, path: str | Path) -> tuple[Tensor, Size, Tensor]:
+    """One picture file as the model wants it, float32 [C,H,W]; its height and width in there; and the file's own
+    pixels, uint8 [C,h,w].
 
     Raises ValueError naming the file.
     """
     pixels = to_pixels(decode(Path(path), name=str(path), channels=spec.in_channels))
-    original: Size = tuple(pixels.shape[-2:])
-    size = spec.window.fitted(*original)
+    size = spec.window.fitted(*pixels.shape[-2:])
     image = Finish(*statistics(spec)).normalise(resize_picture(pixels, size, interpolation="bilinear"))
-    return padded(image, rounded_up([size, spec.padded_size])), size, original
+    return padded(image, rounded_up([size, spec.padded_size])), size, pixels
 
 
 class DetectionSplit(Dataset):

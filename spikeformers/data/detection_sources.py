@@ -271,7 +271,11 @@ def voc(files: Tree, split: str, *, named: str, classes: tuple[str, ...], top: P
     annotated = {path: file for path, file in sorted(files.items()) if path.endswith(".xml")}
     if not annotated:
         raise ValueError(f"{top} holds no xml file: data.root must lead to VOC's annotations")
-    pictures = {path.rpartition(".")[0]: path for path in files if path.lower().endswith(IMG_EXTENSIONS)}
+    pictures: dict[str, str] = {}
+    for path in sorted(path for path in files if path.lower().endswith(IMG_EXTENSIONS)):
+        other = pictures.setdefault(path.rpartition(".")[0], path)
+        if other != path:
+            raise ValueError(f"{top} holds {other} and {path}, of one name for one xml file: remove one of them")
     chosen = _voc_chosen(files, annotated, split, named=named, top=top)
     parsed = {path: _xml(annotated[path], f"{top}/{path}") for path in (chosen if classes else annotated)}
     names = classes or tuple(sorted({name for entry in parsed.values() for name in _names(entry)}))

@@ -142,6 +142,11 @@ class Artifact:
         """Whether it gives a class to each pixel, and not to each picture."""
         return isinstance(self.engine.config, SegmenterConfig)
 
+    @property
+    def detects(self) -> bool:
+        """Whether it gives boxes with classes."""
+        return isinstance(self.engine.config, DetectorConfig)
+
     def __call__(self, images: Tensor) -> Any:
         """Images [B, C, H, W] or clip [T, B, C, H, W] -> what the engine gives, float32; logits of a classifier."""
         return (self.openvino or self.engine)(images)

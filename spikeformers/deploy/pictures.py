@@ -3,11 +3,14 @@
 Both are data that somebody else may have written, so that every value is of its type and in bounds, or refused.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 LONGEST_SIDE = 2048  # pixels of a square before the crop
 LONGEST_FRAME = 4096  # pixels of a whole picture, or of a window
+USUAL_SIDE = 1024  # pixels of a picture that keeps its size, where its windows are counted
+MOST_WINDOWS = 4096  # over a picture: each is a run of the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Framing(Normalised):
 
     `short_side`: in pixels, 0 leaves it; `max_side`: the long side is made no longer than this, 0 is no limit.
     `window`, `stride`: height and width of windows that go over the picture, and of their steps; () shows it at once.
+    They may be MOST_WINDOWS over `fixed`, or else over a square of `short_side`, `max_side` or USUAL_SIDE.
     Raises ValueError for values that cannot be.
     """
 
@@ -94,6 +98,14 @@ class Framing(Normalised):
         steps = zip(self.stride, self.window, strict=False)
         if len(self.window) != len(self.stride) or any(step > side for step, side in steps):
             raise ValueError(f"stride={self.stride} does not cover pictures by window={self.window}")
+        frame = self.fixed or (self.short_side or self.max_side or USUAL_SIDE,) * 2
+        sides = zip(frame, self.window, self.stride, strict=False)
+        count = math.prod(1 + math.ceil(max(side - seen, 0) / step) for side, seen, step in sides)
+        if count > MOST_WINDOWS:
+            raise ValueError(
+                f"window={self.window} goes over a picture of {frame} in {count} steps of stride={self.stride}: "
+                f"at most {MOST_WINDOWS}, so take larger steps or windows"
+            )
 
     @property
     def seen(self) -> tuple[int, int] | None:

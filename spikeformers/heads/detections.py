@@ -39,9 +39,23 @@ class Target(TypedDict):
 
 def check_targets(targets: Sequence[Target], *, images: Tensor, num_classes: int) -> None:
     """Raises ValueError, with the place and the cure, for targets that do not fit `images` [B, C, H, W]."""
-    if len(targets) != len(images):
-        raise ValueError(f"{len(images)} images came with {len(targets)} targets: give one for each image")
+    check_boxes(targets, images=len(images), num_classes=num_classes)
     for index, target in enumerate(targets):
+        count = len(target["labels"])
+        if "masks" in target and target["masks"].shape != (count, *images.shape[2:]):
+            raise ValueError(
+                f"target {index} has masks of shape {tuple(target['masks'].shape)}: {count} boxes in images of "
+                f"{tuple(images.shape[2:])} need ({count}, {images.shape[2]}, {images.shape[3]})"
+            )
+
+
+def check_boxes(targets: Sequence[Target], *, images: int, num_classes: int) -> None:
+    """The part of `check_targets` that needs to know only how many `images` there are."""
+    if len(targets) != images:
+        raise ValueError(f"{images} images came with {len(targets)} targets: give one for each image")
+    for index, target in enumerate(targets):
+        if missing := sorted(Target.__required_keys__ - target.keys()):
+            raise ValueError(f"target {index} has no {' and no '.join(missing)}: add what Target names")
         boxes, labels, count = target["boxes"], target["labels"], len(target["labels"])
         if boxes.shape != (count, 4) or target["crowd"].shape != (count,):
             raise ValueError(
@@ -50,15 +64,12 @@ def check_targets(targets: Sequence[Target], *, images: Tensor, num_classes: int
             )
         if not boxes.isfinite().all():
             raise ValueError(f"target {index} has a box with a number that is not finite: {boxes.tolist()}")
-        if count and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        least, most = (int(labels.min()), int(labels.max())) if count else (0, 0)
+        if not 0 <= least <= most < num_classes:
+            other = "" if least < 0 else f", or build it with num_classes={most + 1}"
             raise ValueError(
-                f"target {index} has labels {int(labels.min())} to {int(labels.max())}, and this network tells "
-                f"{num_classes} classes apart, from 0: map them, or build it with num_classes={int(labels.max()) + 1}"
-            )
-        if "masks" in target and target["masks"].shape != (count, *images.shape[2:]):
-            raise ValueError(
-                f"target {index} has masks of shape {tuple(target['masks'].shape)}: {count} boxes in images of "
-                f"{tuple(images.shape[2:])} need ({count}, {images.shape[2]}, {images.shape[3]})"
+                f"target {index} has labels {least} to {most}, and this network tells {num_classes} classes apart, "
+                f"from 0: map them{other}"
             )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spikeformers.heads.composite import Composite, CompositeConfig
-from spikeformers.heads.detections import Detections, Target, check_targets, usable
+from spikeformers.heads.detections import Detections, Target, check_boxes, check_targets, usable
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Detector(Composite):
         return self.head(self.backbone.forward_features(x), image_size=tuple(x.shape[-2:]), targets=targets)
 
     def loss(self, output: Any, targets: Sequence[Target]) -> dict[str, Float[Tensor, ""]]:
-        """Parts of the loss of what `forward` gave in training; their sum is what is trained."""
+        """Parts of the loss of what `forward` gave in training; their sum is what is trained.
+
+        Raises ValueError for targets that do not fit it.
+        """
+        check_boxes(targets, images=output.images, num_classes=self.config.num_classes)
         return self.head.loss(output, [usable(target) for target in targets])
 
     def detect(self, output: Any, sizes: Int64[Tensor, "B 2"] | None = None) -> list[Detections]:

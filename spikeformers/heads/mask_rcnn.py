@@ -4,9 +4,11 @@ Paper: He et al., ICCV 2017, as Meta-SpikeFormer, Sec. 4.3 and Table 3, and QSD-
 in front of every convolution and linear layer, time kept up to the results, which are averaged over it.
 Parts: heads/pyramid.py (neck), heads/proposals.py (first stage), heads/regions.py (second stage).
 Departures from the papers: they say only its name, so wiring and sizes are the authors' code's; those of the parts,
-named there.  `norm="batch_norm"` is ours, for training without a trained backbone.
+named there.  `norm="batch_norm"` is ours, for training without a trained backbone.  Regions end at the edges of each
+picture in training, of the padded batch in evaluation, where `detect` cuts off what was found in them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -45,6 +47,11 @@ class RegionOutput(NamedTuple):
     masks: Float[Tensor, "M L S S"] | None
     samples: Samples | None = None
     found: list[Detections] | None = None
+
+    @property
+    def images(self) -> int:
+        """How many it is of."""
+        return len(self.dense.objectness)
 
 
 class MaskRCNN(nn.Module):
@@ -210,9 +217,22 @@ class MaskRCNNConfig:
     nms_threshold: float = 0.5
     limit: int = 100
 
+    def __post_init__(self) -> None:
+        if len(self.anchor_sizes) != MAPS + 1 or not all(0 < size < math.inf for size in self.anchor_sizes):
+            raise ValueError(
+                f"anchor_sizes needs one size above 0 for each of {MAPS + 1} maps, got {self.anchor_sizes}"
+            )
+        for name, least in (("region_dim", 1), ("fc_dim", 1), ("regions", 1), ("samples", 4), ("limit", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
     def build(self, features: FeatureInfo, *, num_classes: int, neuron: NeuronBuilder, steps: int = 1) -> MaskRCNN:
-        """The head for a backbone with these `features`. Raises ValueError for maps or sizes that do not fit."""
-        self._check(features)
+        """The head for a backbone with these `features`. Raises ValueError for too few maps."""
+        if len(features) < MAPS:
+            raise ValueError(f"Mask R-CNN reads {MAPS} maps, and this backbone gives {len(features)}: take another")
         convolution, norm = choose("norm", self.norm, NORMS)
         spiking = {"neuron": neuron, "steps": steps}
         strides = features.strides[-MAPS:]
@@ -237,13 +257,3 @@ class MaskRCNNConfig:
             ),
             strides=strides,
         )
-
-    def _check(self, features: FeatureInfo) -> None:
-        """Raises ValueError for maps or sizes that do not fit."""
-        if len(features) < MAPS:
-            raise ValueError(f"Mask R-CNN reads {MAPS} maps, and this backbone gives {len(features)}: take another")
-        if len(self.anchor_sizes) != MAPS + 1:
-            raise ValueError(f"anchor_sizes needs one size for each of {MAPS + 1} maps, got {self.anchor_sizes}")
-        for field, least in (("region_dim", 1), ("fc_dim", 1), ("regions", 1), ("samples", 4), ("limit", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}")

@@ -8,6 +8,7 @@ channels wide, since that makes the total 16.83 M with 80 classes; neurons are t
 averaged behind the last convolutions. Weights of the loss are YOLOv5's proportions, rounded, for means over all grids.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,11 @@ class GridOutput(NamedTuple):
     fine: Float[Tensor, "B K _ _"]
     middle: Float[Tensor, "B K _ _"]
     coarse: Float[Tensor, "B K _ _"]
+
+    @property
+    def images(self) -> int:
+        """How many it is of."""
+        return len(self.fine)
 
 
 class Cells(NamedTuple):
@@ -172,7 +178,8 @@ class YOLOConfig:
     limit: int = 100
 
     def __post_init__(self) -> None:
-        if not self.anchors or len(self.anchors) % (2 * GRIDS) or min(self.anchors) <= 0:
+        positive = all(0 < side < math.inf for side in self.anchors)
+        if not (self.anchors and positive) or len(self.anchors) % (2 * GRIDS):
             raise ValueError(
                 f"anchors must be positive widths and heights in turn, as many for each of {GRIDS} grids, so a "
                 f"multiple of {2 * GRIDS} numbers, got {len(self.anchors)}: {self.anchors}"
@@ -180,6 +187,9 @@ class YOLOConfig:
         for name in ("dim", "candidates", "limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("box_weight", "objectness_weight", "class_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number, at least 0, got {getattr(self, name)}")
         for name in ("score_threshold", "overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

@@ -59,7 +59,7 @@ class ObjectDetection:
         return torch.stack(list(parts.values())).sum()
 
     def test(self, model: nn.Module, loader: DataLoader, *, accelerator: Accelerator | None = None) -> DetectionResult:
-        return evaluate_detection(model, loader, accelerator=accelerator)
+        return evaluate_detection(model, loader, num_classes=len(self.train_split.classes), accelerator=accelerator)
 
     def finish(
         self,
@@ -107,12 +107,13 @@ class ObjectDetection:
 
     def _integer_part(self, model: nn.Module, recipe: Recipe, split: DetectionSplit) -> dict[str, object]:
         """How many detections the integer engine shares, or why it does not take this network."""
+        images, _ = split.collate([split[0]])
         try:
-            engine = integer(model, split[0][0][None])
+            engine = integer(model, images)
         except ValueError as error:
             return {"integer_agreement": None, "integer_refused": str(error)}
-        images = recipe.testing.integer_images
-        return {"integer_agreement": box_agreement(model, engine, split, images=images), "integer_refused": ""}
+        agreement = box_agreement(model, engine, split, images=recipe.testing.integer_images)
+        return {"integer_agreement": agreement, "integer_refused": ""}
 
 
 @torch.no_grad()

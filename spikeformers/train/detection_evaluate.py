@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import box_convert, box_iou
 
 from spikeformers.data.detection import DetectionSplit
@@ -54,8 +55,7 @@ class AveragePrecision:
 
     def by_class(self, names: Sequence[str], *, iou: float | None = None) -> dict[str, float | None]:
         """AP of every class by its name; None for one that the split does not hold."""
-        classes = self.table.shape[2]
-        return {name: self.mean(iou=iou, label=i) if i < classes else None for i, name in enumerate(names)}
+        return {name: self.mean(iou=iou, label=label) for label, name in enumerate(names)}
 
     def by_area(self) -> dict[str, float | None]:
         """mAP of small, medium and large objects; None where there are none."""
@@ -92,7 +92,7 @@ class Found(NamedTuple):
     """What was found in one picture of a split and what is there, both in pixels of its file, of height, width `size`.
 
     `boxes` float64 [N,4]: x, y, width and height.  `masks`: compressed run lengths, or None.  `finite`: whether the
-    picture and all numbers found are.
+    picture and all that the network gave are.
     """
 
     index: int
@@ -123,14 +123,15 @@ def in_file(found: Detections, *, size: Tensor, original: Tensor) -> Detections:
 
 @torch.no_grad()
 def evaluate_detection(
-    model: nn.Module, loader: Iterable, *, accelerator: Accelerator | None = None
+    model: nn.Module, loader: Iterable, *, num_classes: int, accelerator: Accelerator | None = None
 ) -> DetectionResult:
-    """Test `model` on batches of a test split (images [B,C,H,W], targets), in its own precision, without autocast.
+    """Test `model` on batches of a test split (images [B,C,H,W], targets) of `num_classes`, in its own precision,
+    without autocast.
 
     `model(images)` is given to `model.detect(output, sizes)`; masks count if the network gives some and the split reads
     them.  With an `accelerator` and a loader that it prepared, every process tests its share and gets the whole result.
-    Leaves the model in the mode it was in.  Raises ValueError for images, boxes or scores that are not finite, and for
-    a split without objects.
+    Leaves the model in the mode it was in.  Raises ValueError for images, outputs, boxes or scores that are not finite,
+    and for a split without objects.
     """
     first = next(model.parameters())
     found: list[Found] = []
@@ -138,28 +139,34 @@ def evaluate_detection(
         for images, targets in loader:
             images = images.to(first.device, first.dtype)
             sizes = torch.stack([target["size"] for target in targets]).to(first.device)
-            detections = model.detect(model(images), sizes)
-            found += [_found(*each) for each in zip(images, targets, detections, strict=True)]
+            output = model(images)
+            finite = _finite(*(each for each in tree_leaves(output) if isinstance(each, Tensor)))
+            detections = model.detect(output, sizes)
+            found += [_found(*each, finite=finite) for each in zip(images, targets, detections, strict=True)]
     if accelerator is not None:
         found = gather_object(found)
     # Pictures that only fill the last batch of several processes come twice.
     whole = {each.index: each for each in found}
-    return score([whole[index] for index in sorted(whole)])
+    return score([whole[index] for index in sorted(whole)], num_classes=num_classes)
 
 
-def _found(image: Tensor, target: dict[str, Any], detections: Detections) -> Found:
-    # Spikes hide what is not finite.
-    finite = all(bool(torch.isfinite(each).all()) for each in (image, detections.boxes, detections.scores))
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(each).all()) for each in tensors)
+
+
+def _found(image: Tensor, target: dict[str, Any], detections: Detections, *, finite: bool) -> Found:
+    """`finite`: whether what the network gave for the batch of this picture is."""
     here = in_file(detections, size=target["size"], original=target["original"])
     return Found(
         int(target["index"]),
         tuple(target["original"].tolist()),
         target["truth"],
-        box_convert(here.boxes.double(), "xyxy", "xywh").cpu().numpy(),
-        here.scores.double().cpu().numpy(),
+        box_convert(here.boxes.cpu().double(), "xyxy", "xywh").numpy(),  # not every device has float64
+        here.scores.cpu().double().numpy(),
         here.labels.cpu().numpy(),
         None if here.masks is None else _run_lengths(here.masks),
-        finite,
+        # Spikes hide images that are not finite, and heads drop scores that are not.
+        finite and _finite(image, detections.boxes, detections.scores),
     )
 
 
@@ -168,29 +175,27 @@ def _run_lengths(masks: Tensor) -> list[dict]:
     return [rle.encode(np.asfortranarray(mask.byte().cpu().numpy())) for mask in masks]
 
 
-def score(found: Sequence[Found]) -> DetectionResult:
-    """The AP of what was found in the pictures of a split.
+def score(found: Sequence[Found], *, num_classes: int) -> DetectionResult:
+    """The AP of what was found in the pictures of a split of `num_classes`.
 
     Raises ValueError if it holds what is not finite, or no picture with an object that counts.
     """
     if wrong := next((each for each in found if not each.finite), None):
         raise ValueError(f"test picture {wrong.index} gives values that are not finite; check images and weights")
-    boxes = _precision(found, "bbox")
-    if boxes is None or boxes.mean() is None:
+    boxes = _precision(found, "bbox", num_classes=num_classes)
+    if boxes.mean() is None:
         raise ValueError("there is nothing to test on: no test picture holds an object, or all are crowds")
     drawn = all(each.masks is not None and each.truth.masks is not None for each in found)
-    return DetectionResult(boxes, _precision(found, "segm") if drawn else None, len(found))
+    masks = _precision(found, "segm", num_classes=num_classes) if drawn else None
+    return DetectionResult(boxes, masks, len(found))
 
 
-def _precision(found: Sequence[Found], kind: str) -> AveragePrecision | None:
-    """AP of "bbox" or "segm"; None if no class occurs."""
-    labels = np.concatenate([part for each in found for part in (each.truth.labels, each.labels)] or [[]])
-    if not labels.size:
-        return None
+def _precision(found: Sequence[Found], kind: str, *, num_classes: int) -> AveragePrecision:
+    """AP of "bbox" or "segm"."""
     truth = COCO(
         {
             "images": [{"id": i, "height": each.size[0], "width": each.size[1]} for i, each in enumerate(found)],
-            "categories": [{"id": label} for label in range(int(labels.max()) + 1)],
+            "categories": [{"id": label} for label in range(num_classes)],
             # Numbered from 1: a match with 0 reads as none.
             "annotations": [{"id": i} | each for i, each in enumerate(_truths(found, kind), start=1)],
         }
@@ -239,7 +244,7 @@ def constant_boxes(train: DetectionSplit, test: DetectionSplit, *, limit: int = 
         scale = np.array([width, height, width, height])
         boxes, labels, scores = (np.array([each[part] for each in chosen]) for part in range(3))
         found.append(Found(index, size, test.truth(index), boxes.reshape(-1, 4) * scale, scores, labels))
-    return score(found)
+    return score(found, num_classes=len(test.classes))
 
 
 def _relative(split: DetectionSplit) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,8 @@ def marked(
 @torch.no_grad()
 def found_in(model: nn.Module, split: DetectionSplit, index: int) -> Detections:
     """What `model` finds in one picture of a test split, in pixels of its file."""
-    image, target = split[index]
-    found = model.detect(model(image[None]), target["size"][None])[0]
+    images, (target,) = split.collate([split[index]])
+    found = model.detect(model(images), target["size"][None])[0]
     return in_file(found, size=target["size"], original=target["original"])
 
 

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from spikeformers.data.augment import to_pil, to_pixels
-from spikeformers.data.decode import decode
+from spikeformers.data.augment import to_pil
 from spikeformers.data.detection import DetectionData, read_picture_to_detect
 from spikeformers.data.segmentation_sources import default_colours
 from spikeformers.heads.detections import Detections
@@ -20,7 +19,7 @@ from spikeformers.train.saved import run_of
 
 @dataclass(frozen=True)
 class SeenPicture:
-    """A picture as its file has it, uint8 [3,H,W], and as a detector takes it: float32 [C,h,w], with its size in there,
+    """A picture as its file has it, uint8 [C,H,W], and as a detector takes it: float32 [C,h,w], with its size in there,
     int64 [2]."""
 
     pixels: Tensor
@@ -39,8 +38,7 @@ class BoxPredictor:
 
     def read(self, path: Path) -> SeenPicture:
         """Raises ValueError naming the file."""
-        pixels = to_pixels(decode(path, name=str(path), channels=3))
-        image, size, _ = read_picture_to_detect(self.spec, path)
+        image, size, pixels = read_picture_to_detect(self.spec, path)
         return SeenPicture(pixels, image, torch.tensor(size))
 
     @torch.no_grad()

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from spikeformers.train.detection_pictures import SAMPLES
+from spikeformers.train.detection_pictures import CERTAIN, SAMPLES
 from spikeformers.train.results import detections_agreeing, short
 
 CLASS_HEADING = "AP50 of each class"
 PER_CLASS = "per_class_ap50"  # of a summary
 LINES = 3  # of a chart
 CAPTIONS = {
-    SAMPLES: "Test pictures in pairs: the boxes that annotations say, and what the network finds with a score of 0.3 "
-    "or more.",
+    SAMPLES: "Test pictures in pairs: the boxes that annotations say, and what the network finds with a score of "
+    f"{CERTAIN} or more.",
 }
 
 

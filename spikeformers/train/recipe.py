@@ -251,15 +251,6 @@ _LEAST = {
 }
 
 
-_USUAL_NAMES = {  # last word of a path, as other programs have it -> what to say
-    "learning_rate": "closest: optim.lr",
-    "num_epochs": "closest: epochs",
-    "batch": "closest: batch_size",
-    "num_workers": "closest: workers",
-    "num_classes": "classes come with the data: its folders or lists, of a maskfolder classes.txt or data.classes",
-}
-
-
 def refuse_others(recipe: Recipe, task: str) -> None:
     """Raises ValueError for settings of a dense `task` ("segmentation", "detection") that it has no use for."""
     values = {
@@ -271,14 +262,23 @@ def refuse_others(recipe: Recipe, task: str) -> None:
     if used := next((name for name, value in values.items() if value), ""):
         raise ValueError(f"{used}={values[used]} is of no use in {task}: leave it out")
     if task != "segmentation":
-        refuse_segmentation(recipe)
+        refuse_segmentation(recipe, task)
 
 
-def refuse_segmentation(recipe: Recipe) -> None:
-    """Raises ValueError for settings of segmentation in a recipe of another task."""
+def refuse_segmentation(recipe: Recipe, task: str) -> None:
+    """Raises ValueError for settings of segmentation in a recipe of another `task`."""
     for name, value in dataclasses.asdict(recipe.segmentation).items():
         if value != getattr(Segmentation(), name):
-            raise ValueError(f"segmentation.{name}={value} is of no use with pictures without masks: leave it out")
+            raise ValueError(f"segmentation.{name}={value} is of no use in {task}: leave it out")
+
+
+_USUAL_NAMES = {  # last word of a path, as other programs have it -> what to say
+    "learning_rate": "closest: optim.lr",
+    "num_epochs": "closest: epochs",
+    "batch": "closest: batch_size",
+    "num_workers": "closest: workers",
+    "num_classes": "classes come with the data: its folders or lists, of a maskfolder classes.txt or data.classes",
+}
 
 
 def override(recipe: Recipe, path: str, text: str) -> Recipe:

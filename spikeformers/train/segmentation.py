@@ -157,8 +157,9 @@ class SemanticSegmentation:
 
     def _integer_part(self, model: nn.Module, recipe: Recipe, split: SegmentationSplit) -> dict[str, object]:
         """How many pixels the integer engine gives the same class, or why it does not take this network."""
+        image = split[0][0][None]
         try:
-            engine = integer(model, split[0][0][None])
+            engine = integer(model, image)
         except ValueError as error:
             return {"integer_agreement": None, "integer_refused": str(error)}
         images = recipe.testing.integer_images

@@ -202,7 +202,7 @@ def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
         return SemanticSegmentation(recipe, split=split, device=device)
     if isinstance(recipe.data, DetectionData):
         return ObjectDetection(recipe, split=split)
-    refuse_segmentation(recipe)
+    refuse_segmentation(recipe, "pre-training" if recipe.pretrain.mask_ratio else "classification")
     if recipe.pretrain.mask_ratio:
         if recipe.quantize.chosen() is not None or recipe.fgd.teacher:
             raise ValueError(

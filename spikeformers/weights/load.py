@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spikeformers.backbones import MetaSpikeFormer, QSDTransformer, Spikformer
-from spikeformers.heads import Segmenter
+from spikeformers.heads.composite import Composite
 from spikeformers.layers import LayerScaleBlock
 from spikeformers.layers.pretrained import CONFIG, WEIGHTS
 from spikeformers.quantize import LSQLayer
 from spikeformers.quantize.lsq import DERIVED
 from spikeformers.weights import meta_spikeformer, qsd_transformer, spikformer
-from spikeformers.weights.segmenter import SegmenterKeys, keys_of
+from spikeformers.weights.segmenter import SegmenterKeys, StageKeys, keys_of
 
-KeyMap = ModuleType | SegmenterKeys
+KeyMap = ModuleType | StageKeys
 
 KEY_MAPS: dict[type[nn.Module], ModuleType] = {
     MetaSpikeFormer: meta_spikeformer,
@@ -137,12 +137,18 @@ def load_official(model: nn.Module, state_dict: dict[str, Tensor]) -> LoadReport
     names = _names_of(model)
     if names is None:
         raise ValueError(f"no checkpoint layout is known for {type(model).__name__}")
+    if isinstance(model, Composite) and not isinstance(names, SegmenterKeys):
+        raise ValueError(
+            f"no checkpoint layout is known for the head of this {type(model).__name__}, a "
+            f"{type(model.head).__name__}: start its backbone from the file with load_backbone, or train with "
+            "init.backbone=FILE"
+        )
     for key in ("model", "state_dict"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     own, dropped, unknown = _translated(names, state_dict)
     own = _steps_of_other_bits_left_out(model, own)
-    if isinstance(model, Segmenter):
+    if isinstance(names, SegmenterKeys):
         _check_segments(own, unknown, names=names)
         foreign, kept = [], []
     else:
@@ -191,7 +197,7 @@ def _framework(keys: Iterable[str]) -> str:
 
 def _names_of(model: nn.Module) -> KeyMap | None:
     """The authors' keys for networks such as `model`."""
-    return keys_of(model.config) if isinstance(model, Segmenter) else KEY_MAPS.get(type(model))
+    return keys_of(model.config) if isinstance(model, Composite) else KEY_MAPS.get(type(model))
 
 
 def load_strict(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -213,8 +219,9 @@ def load_backbone(
     tensors that the authors' network never uses. What the source lacks is new: Xavier weights, zero biases, anything
     else (a threshold, a norm) as it was built. Step sizes are computed from the weights where the source has none or is
     known to have been quantised otherwise; scales of branches that the source did not scale are 1.
-    A segmenter takes the stages of a classifier, or another segmenter (ours or the authors'); what that lacks of its
-    head is left as built, and a head of another kind stays out.
+    A segmenter or detector takes the stages of a classifier, or another segmenter or detector (ours, or the stages of
+    the authors' and the heads of their segmenters); what that lacks of its head is left as built, and a head of another
+    kind stays out.
     `options`: what a name of the catalogue stands for (zoo.options_of), so that the report compares all that the source
     was built with; else it only compares what the source overrode.
     Raises ValueError if a weight of the source has no place or another shape; the model is then unchanged.
@@ -229,10 +236,10 @@ def load_backbone(
         dropped = [key for key in weights if key.startswith(DECODER)]
         weights = {key.removeprefix(ENCODER): value for key, value in weights.items() if key not in dropped}
     own = model.state_dict()
-    segments = isinstance(model, Segmenter)
-    if segments and not any(key in own for key in weights):
-        weights, dropped = _for_segmenter(model, weights, names=names)
-    elif segments and not any(key in own and _is_head(key) for key in weights):  # of a segmenter with another head
+    composite = isinstance(model, Composite)
+    if composite and not any(key in own for key in weights):
+        weights, dropped = _for_composite(model, weights, names=names)
+    elif composite and not any(key in own and _is_head(key) for key in weights):  # with a head of another kind
         dropped = [*filter(_is_head, weights)]
         weights = {key: value for key, value in weights.items() if not _is_head(key)}
     elif names is not None and not any(key in own and not _is_head(key) for key in weights):
@@ -242,8 +249,8 @@ def load_backbone(
     if _quantized_otherwise(model, stored):
         weights = {key: value for key, value in weights.items() if not key.endswith(STEPS)}
     # A classifier comes whole or not at all: one step size for all classes would fit any number of them. Of the head of
-    # a segmenter that is one layer.
-    place = _module if segments else _top
+    # a segmenter or detector that is one layer.
+    place = _module if composite else _top
     other = {place(key) for key in weights if _is_head(key) and key in own and weights[key].shape != own[key].shape}
     weights = {key: value for key, value in weights.items() if place(key) not in other}
     kept = [key for key in own if key not in weights]
@@ -251,14 +258,14 @@ def load_backbone(
         raise ValueError(f"{path} holds no weight of a {type(model).__name__}: {few(list(weights) or ['nothing'])}")
     describe = names.describe_widths if names is not None else None
     report = _load(model, weights, kept=kept, dropped=dropped, describe=describe)
-    _initialise(model, {key for key in report.kept if not (segments and _is_head(key))})
+    _initialise(model, {key for key in report.kept if not (composite and _is_head(key))})
     return replace(report, differs=_differences(model, stored, options=options))
 
 
-def _for_segmenter(
-    model: Segmenter, file: dict[str, Tensor], *, names: SegmenterKeys | None
+def _for_composite(
+    model: Composite, file: dict[str, Tensor], *, names: StageKeys | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A segmenter's names for the tensors of a classifier (either's) or of the authors' segmenter; keys of no use."""
+    """Our names for the tensors of a classifier (either's) or of the authors' segmenter or detector; keys of no use."""
     stages = model.backbone.state_dict()
     if any(key in stages for key in file):
         return {f"backbone.{key}": file[key] for key in file if not _is_head(key)}, [*filter(_is_head, file)]
@@ -328,7 +335,7 @@ def _differences(
     overrides = stored.get("overrides", {})
     values = {**built} | {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
     configs = [model.config]
-    if isinstance(model, Segmenter):  # a classifier has all options in one config
+    if isinstance(model, Composite):  # a classifier has all options in one config
         configs += [model.backbone.config, model.config.head]
     own = {
         name: next(getattr(config, name) for config in configs if hasattr(config, name))

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from spikeformers import create_model, recipes
+from spikeformers import cli, create_model, recipes
 from spikeformers.data.detection import DetectionData
+from spikeformers.deploy import integer, load, save
+from spikeformers.train.detection_pictures import CERTAIN
 from spikeformers.train.recipe import ModelChoice, Optim, Recipe
 from spikeformers.train.saved import coco_names, read_trained
+from spikeformers.zoo import from_pretrained
 
 YOLO = {"heads": 2, "dim": 8, "anchors": (8.0,) * 18}
 
@@ -84,8 +88,22 @@ def test_a_saved_detector_without_its_run_knows_cocos_classes(said_by, photo, tm
     assert "nothing with a score of 0.3 or more" in out
 
 
-def test_a_score_is_a_share(refused, run, photo):
-    assert "--score must lie between 0 and 1, got 30.0" in refused("predict", run[0], photo, "--score", "30")
+def test_a_score_is_a_share(refused, photo):
+    """Said before a model is looked for."""
+    assert "--score must lie between 0 and 1, got 30.0" in refused("predict", "no_such_run", photo, "--score", "30")
+
+
+def test_the_usual_score_is_that_of_the_report(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--help"])
+    assert f"least score of boxes to show, 0 to 1 (default: {CERTAIN})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_of_a_detector_says_how_to_run_it(refused, run, photo, tmp_path):
+    model = from_pretrained(run[0] / "model").eval()
+    path = save(integer(model, torch.zeros(1, 3, 32, 32)), tmp_path / "detector.spk")
+    assert load(path).detects
+    assert "run the file by spikeformers.deploy.load and .detect in Python" in refused("predict", path, photo)
 
 
 def test_a_detector_is_not_quantized_as_a_classifier(refused, run):

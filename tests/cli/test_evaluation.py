@@ -83,3 +83,13 @@ def test_a_saved_cifar_network_reads_pictures_at_32_pixels_and_an_event_network_
     assert "read at 32x32 as its paper does" in out
     create_model("spikformer_dvs_2_256", dim=16, depth=1, heads=2, steps=1).save_pretrained(tmp_path / "events")
     assert "takes clips of events, not pictures" in refused("predict", tmp_path / "events", digit)
+
+
+def test_a_score_of_boxes_is_refused_where_none_are_found(said_by, refused, trained, digit, tmp_path):
+    message = "--score is for runs and saved models that find boxes"
+    assert message in refused("predict", trained[0], digit, "--score", "0.5")
+    code, _, err = said_by("export", trained[0], "--to", "spk", "--images", "4", "--out", tmp_path / "model.spk")
+    assert code == 0, err
+    assert message in refused("predict", tmp_path / "model.spk", digit, "--score", "0.5")
+    create_model("meta_spikeformer_15m_fpn_voc", dims=(8, 8, 8, 8), steps=1).save_pretrained(tmp_path / "pixels")
+    assert message in refused("predict", tmp_path / "pixels", digit, "--score", "0.5")

@@ -274,6 +274,12 @@ def test_voc_names_what_is_missing(voc):
         load(voc / "VOC2012/JPEGImages", source="voc")
 
 
+def test_two_pictures_for_one_xml_are_refused(voc, draw):
+    draw(voc / "VOC2012/JPEGImages/a.png", value=100)
+    with pytest.raises(ValueError, match=r"JPEGImages/a.jpg and .*JPEGImages/a.png, of one name for one xml file: rem"):
+        load(voc, source="voc")
+
+
 def real(shared_data: Path, name: str) -> Path:
     if not (shared_data / name).is_dir():
         pytest.skip(f"no {name} in {shared_data}")

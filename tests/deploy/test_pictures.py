@@ -47,12 +47,21 @@ def test_squares_that_cannot_be_are_refused(changes, said):
         ({"window": (32, 32)}, r"stride=\(\) does not cover pictures by window=\(32, 32\)"),
         ({"stride": (32, 32)}, "does not cover"),
         ({"window": (32, 32), "stride": (32, 33)}, "does not cover"),
+        ({"window": (32, 32), "stride": (1, 1), "short_side": 96}, "in 4225 steps .* at most 4096"),
+        ({"window": (32, 32), "stride": (1, 1), "short_side": 0, "max_side": 96}, "in 4225 steps"),
+        ({"window": (8, 8), "stride": (8, 8), "short_side": 0, "max_side": 0}, r"of \(1024, 1024\) in 16384 steps"),
+        ({"window": (1, 1), "stride": (1, 1), "short_side": 0, "max_side": 0, "fixed": (64, 65)}, "in 4160 steps"),
         ({"std": (0.0,)}, "std must be"),
     ],
 )
 def test_frames_that_cannot_be_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(FRAME, **changes)
+
+
+def test_as_many_windows_as_a_network_may_be_run_for_are_no_error():
+    assert Framing(fixed=(64, 64), window=(1, 1), stride=(1, 1), **NUMBERS).seen == (1, 1)
+    assert dataclasses.replace(FRAME, window=(4096, 4096), stride=(1, 1)).seen == (4096, 4096)
 
 
 def test_what_the_network_is_given_is_known_where_it_does_not_depend_on_the_picture():

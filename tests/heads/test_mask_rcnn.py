@@ -72,7 +72,6 @@ def test_parameters_are_those_of_table_3_and_of_each_part_of_the_authors_code(si
 
     head = model.head
     found = [count(each) for each in (model, head.neck, head.proposals, head.boxes, head.masks)]
-    print(size, found)
     # 768: the biases of four pixels where a transposed convolution has one for all.
     assert found == [total, neck, 593_935, 12_846_080 + 1_049_600 + 81 * 1025 + 80 * 4 * 1025, 2_643_280 + 768]
     assert round(total / 1e6, 1) == {"15m": 34.9, "55m": 75.0}[size]
@@ -323,8 +322,13 @@ def test_every_norm_folds_and_changes_nothing():
     ("features", "options", "message"),
     [
         (FeatureInfo(("a", "b", "c"), (1, 1, 1), (4, 8, 16)), {}, "reads 4 maps, and this backbone gives 3"),
-        (FEATURES, {"anchor_sizes": (8, 16)}, r"anchor_sizes needs one size for each of 5 maps, got \(8, 16\)"),
+        (FEATURES, {"anchor_sizes": (8, 16)}, r"anchor_sizes needs one size above 0 for each of 5 maps, got \(8, 16\)"),
+        (FEATURES, {"anchor_sizes": (8, 16, 32, 0, 64)}, "one size above 0 for each of 5 maps"),
+        (FEATURES, {"anchor_sizes": (8, 16, 32, float("nan"), 64)}, "one size above 0 for each of 5 maps"),
         (FEATURES, {"samples": 3}, "samples must be at least 4, got 3"),
+        (FEATURES, {"region_dim": 0}, "region_dim must be at least 1, got 0"),
+        (FEATURES, {"score_threshold": -0.1}, r"score_threshold must lie in \[0, 1\], got -0.1"),
+        (FEATURES, {"nms_threshold": float("nan")}, r"nms_threshold must lie in \[0, 1\], got nan"),
         (FEATURES, {"norm": "layer"}, "norm: unknown choice 'layer'"),
         (FEATURES, {"mask_head": "fnc"}, "mask_head: unknown choice 'fnc'; closest: fcn"),
     ],

@@ -376,6 +376,12 @@ def test_anchors_that_cannot_be_fitted_are_refused():
     [
         ({"anchors": (8.0, 8.0, 16.0, 16.0)}, "multiple of 6 numbers, got 4"),
         ({"anchors": (8.0, 8.0, 16.0, -1.0, 9.0, 9.0)}, "anchors must be positive"),
+        ({"anchors": (8.0, 8.0, 16.0, math.nan, 9.0, 9.0)}, "anchors must be positive"),
+        ({"anchors": (8.0, 8.0, 16.0, math.inf, 9.0, 9.0)}, "anchors must be positive"),
+        ({"box_weight": math.nan}, "box_weight must be a finite number, at least 0, got nan"),
+        ({"objectness_weight": math.inf}, "objectness_weight must be a finite number"),
+        ({"class_weight": -1.0}, "class_weight must be a finite number"),
+        ({"score_threshold": math.nan}, r"score_threshold must lie in \[0, 1\], got nan"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"overlap": 1.5}, r"overlap must lie in \[0, 1\], got 1.5"),

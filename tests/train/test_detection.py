@@ -1,6 +1,7 @@
 """Detection as a task: training to a summary and a report, resuming, comparing with the engine, what it refuses."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ from PIL import Image
 
 from spikeformers.data.splits import load_split
 from spikeformers.heads import Detections
+from spikeformers.train import checkpoint, optimise
 from spikeformers.train.detection import ObjectDetection, box_agreement, matched
 from spikeformers.train.detection_evaluate import evaluate_detection
 from spikeformers.train.detection_pictures import certain, found_in, marked, truth_of
+from spikeformers.train.detection_prediction import BoxPredictor
 from spikeformers.train.detection_report import precisions
 from spikeformers.train.evaluate import batches_of
 from spikeformers.train.loop import _Work, train
-from spikeformers.train.recipe import Distill, ModelChoice, Pretrain, Segmentation
+from spikeformers.train.recipe import Distill, ModelChoice, Pretrain, Saving, Segmentation
 from spikeformers.train.report import write_report
 from spikeformers.train.results import detection_rows
 from spikeformers.train.seeds import train_seeds
@@ -47,7 +50,7 @@ def test_a_training_ends_in_a_summary_that_its_network_reaches_again(kind, reque
     assert isinstance(summary, DetectionSummary)
     assert summary == read_summary(tmp_path / "run")
     model, split = from_pretrained(tmp_path / "run" / "model"), load_split(recipe.data, "test")
-    found = evaluate_detection(model, batches_of(split, batch_size=2))
+    found = evaluate_detection(model, batches_of(split, batch_size=2), num_classes=2)
     # The run tests the network in training's memory layout, whose convolutions may round otherwise.
     assert summary.map == pytest.approx(found.score, abs=1e-3)
     assert (summary.mask_map is not None) == recipe.data.masks
@@ -78,6 +81,39 @@ def test_an_interrupted_detection_ends_as_the_uninterrupted_one(detecting, tmp_p
     assert (again.map, again.layers) == (whole.map, whole.layers)
     ours, theirs = (from_pretrained(tmp_path / name / "model").state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_detection_interrupted_within_an_epoch_ends_as_the_uninterrupted_one(with_masks, tmp_path, monkeypatch):
+    recipe = with_masks(saving=Saving(every_steps=1))
+    whole = train(recipe, run=tmp_path / "whole")
+    steps = iter([None] * 4)
+    real = optimise.gradient_norm
+
+    def failing(*given, **options):
+        next(steps)  # StopIteration in the fifth of six steps
+        return real(*given, **options)
+
+    monkeypatch.setattr("spikeformers.train.loop.gradient_norm", failing)
+    with pytest.raises(StopIteration):
+        train(recipe, run=tmp_path / "cut")
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path / "cut" / "checkpoints").name == "epoch-0001-step-000001"
+    again = train(recipe, run=tmp_path / "cut", resume=True)
+    assert (again.map, again.mask_map, again.layers) == (whole.map, whole.mask_map, whole.layers)
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_a_test_split_without_its_last_class_has_a_summary_all_the_same(detecting, draw_coco, tmp_path):
+    for split, objects in (("train", [([2, 3, 7, 11], 3), ([12, 6, 9, 9], 7)]), ("test", [([2, 3, 7, 11], 3)])):
+        draw_coco(tmp_path / "dogs", split=split, pictures=[objects, objects])
+    data = dataclasses.replace(detecting().data, root=str(tmp_path / "dogs"))
+    options = detecting().model.options | {"score_threshold": 1.0}  # nothing is found
+    model = dataclasses.replace(detecting().model, options=options)
+    summary = train(detecting(epochs=1, data=data, model=model), run=tmp_path / "run")
+    assert summary.classes == ["dog", "cat"]
+    assert summary.per_class_ap50 == {"dog": 0.0, "cat": None}
+    assert summary.curves["cat"] == [-1.0] * 101
 
 
 def test_seeds_are_compared_by_map(detecting, tmp_path):
@@ -142,6 +178,45 @@ def test_truth_and_what_is_found_are_in_pixels_of_the_file(detecting):
     assert found_in(Whole(), split, 0).boxes.tolist() == [[0, 0, 32, 24]]
 
 
+def test_pictures_are_padded_for_drawing_and_for_the_engine_as_for_the_test(detecting, tmp_path, monkeypatch):
+    """Files of 24 x 32 at 30 x 40 of 30 x 44 pixels, which batches are padded from to 32 x 64."""
+    recipe = detecting(epochs=1)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, size=(30, 44)))
+    split = load_split(recipe.data, "test")
+    ((tested, _),) = batches_of(split, batch_size=3)
+    shapes = []
+
+    class Seeing(torch.nn.Module):
+        def forward(self, images):
+            shapes.append(images.shape[2:])
+
+        def detect(self, output, sizes):
+            return [boxes(labels=[]) for _ in sizes]
+
+    def refuse(model, images):
+        shapes.append(images.shape[2:])
+        raise ValueError("not today")
+
+    monkeypatch.setattr("spikeformers.train.detection.integer", refuse)
+    found_in(Seeing(), split, 0)
+    told = ObjectDetection(recipe, split=split)._integer_part(Seeing(), recipe, split)
+    assert told == {"integer_agreement": None, "integer_refused": "not today"}
+    assert shapes == [tested.shape[2:]] * 2 == [(32, 64)] * 2
+
+
+def test_an_unreadable_picture_is_no_reason_of_the_engine(detecting, monkeypatch):
+    recipe = detecting()
+    split = load_split(recipe.data, "test")
+    task = ObjectDetection(recipe, split=split)
+
+    def unreadable(self, key):
+        raise ValueError("0.png is damaged")
+
+    monkeypatch.setattr(type(split), "__getitem__", unreadable)
+    with pytest.raises(ValueError, match=r"0\.png is damaged"):
+        task._integer_part(torch.nn.Identity(), recipe, split)
+
+
 def test_many_classes_are_drawn_as_their_mean_the_best_and_the_worst():
     names = ("a", "b", "c", "d", "absent")
     curves = {name: [level] * 101 for name, level in zip(names, (0.2, 0.8, 0.4, 0.6, -1.0), strict=True)}
@@ -153,13 +228,28 @@ def test_many_classes_are_drawn_as_their_mean_the_best_and_the_worst():
     assert list(precisions(few)) == ["b", "a"]
 
 
+def test_a_picture_to_look_at_is_decoded_once_for_the_network_and_for_drawing(detecting, monkeypatch):
+    spec = detecting().data
+    split = load_split(spec, "test")
+    predictor = BoxPredictor(torch.nn.Identity(), spec, classes=("dog", "cat"), colours=COLOURS)
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *given: opened.append(given) or real(*given))
+    seen = predictor.read(Path(split.names[0]))
+    assert len(opened) == 1
+    assert torch.equal(seen.input, split.collate([split[0]])[0][0])
+    assert torch.equal(seen.pixels, split.picture(0))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"label_smoothing": 0.1}, r"label_smoothing=0\.1 is of no use in detection"),
         ({"distill": Distill(teacher="resnet18")}, r"distill\.teacher=resnet18 is of no use in detection"),
         ({"pretrain": Pretrain(mask_ratio=0.5)}, r"pretrain\.mask_ratio=0\.5 is of no use in detection"),
-        ({"segmentation": Segmentation(class_weights=1.0)}, r"segmentation\.class_weights=1\.0 is of no use"),
+        (
+            {"segmentation": Segmentation(class_weights=1.0)},
+            r"segmentation\.class_weights=1\.0 is of no use in detection",
+        ),
         ({"model": ModelChoice()}, r"MetaSpikeFormer gives no boxes: choose a model\.name with a detection head"),
     ],
 )

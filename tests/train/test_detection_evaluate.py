@@ -49,7 +49,7 @@ def test_average_precision_by_hand():
     """Two objects; detections in the order right, wrong, right: precision 1 up to recall 1/2, then 2/3."""
     truth = objects([[0, 0, 10, 10], [50, 50, 10, 10]], [0, 0])
     boxes = [[0, 0, 10, 10], [20, 20, 10, 10], [50, 50, 10, 10]]
-    result = score([found(0, truth, boxes, [0.9, 0.8, 0.7], [0, 0, 0])])
+    result = score([found(0, truth, boxes, [0.9, 0.8, 0.7], [0, 0, 0])], num_classes=5)
     by_hand = (51 * 1 + 50 * 2 / 3) / 101  # recalls 0 to 0.5, and 0.51 to 1
     assert result.score == result.boxes.mean() == pytest.approx(by_hand)
     curve = result.boxes.curve(0)
@@ -59,7 +59,7 @@ def test_average_precision_by_hand():
 
 def test_a_box_counts_up_to_the_iou_it_has():
     """A box of IoU 0.8 is right at the thresholds 0.5 to 0.8, which are 7 of 10."""
-    result = score([found(0, objects([[0, 0, 10, 10]], [0]), [[0, 0, 10, 8]], [1.0], [0])])
+    result = score([found(0, objects([[0, 0, 10, 10]], [0]), [[0, 0, 10, 8]], [1.0], [0])], num_classes=5)
     assert result.metrics() == {"test_map": pytest.approx(0.7), "test_ap50": 1.0, "test_ap75": 1.0}
     assert result.boxes.mean(iou=0.85) == 0.0
 
@@ -67,33 +67,39 @@ def test_a_box_counts_up_to_the_iou_it_has():
 def test_classes_without_objects_count_nowhere_and_a_wrong_class_is_wrong():
     truth = objects([[0, 0, 10, 10], [50, 50, 10, 10]], [0, 2])
     boxes, labels = [[0, 0, 10, 10], [50, 50, 10, 10], [5, 5, 9, 9]], [0, 1, 3]
-    result = score([found(0, truth, boxes, [0.9, 0.8, 0.7], labels)])
+    result = score([found(0, truth, boxes, [0.9, 0.8, 0.7], labels)], num_classes=5)
     assert result.boxes.by_class("abcde") == {"a": 1.0, "b": None, "c": 0.0, "d": None, "e": None}
     assert result.score == 0.5
 
 
+def test_a_last_class_that_nothing_shows_or_finds_is_absent_too():
+    result = score([found(0, objects([[0, 0, 10, 10]], [0]), [[0, 0, 10, 10]], [0.9], [0])], num_classes=3)
+    assert result.boxes.by_class("abc") == {"a": 1.0, "b": None, "c": None}
+    assert result.boxes.curve(2).tolist() == [-1.0] * 101
+
+
 def test_sizes_are_those_of_coco():
     truth = objects([[0, 0, 10, 10], [20, 20, 40, 40]], [0, 0])
-    result = score([found(0, truth, [[0, 0, 10, 10]], [0.9], [0])])
+    result = score([found(0, truth, [[0, 0, 10, 10]], [0.9], [0])], num_classes=5)
     assert result.boxes.by_area() == {"small": 1.0, "medium": 0.0, "large": None}
 
 
 def test_crowds_are_neither_missed_nor_held_against_a_detector():
     truth = objects([[0, 0, 10, 10], [30, 30, 60, 60]], [0, 0], crowd=[False, True])
     boxes = [[40, 40, 8, 8], [0, 0, 10, 10]]  # the first lies in the crowd
-    assert score([found(0, truth, boxes, [0.9, 0.8], [0, 0])]).score == 1.0
-    assert score([found(0, truth, boxes[1:], [0.8], [0])]).score == 1.0
+    assert score([found(0, truth, boxes, [0.9, 0.8], [0, 0])], num_classes=5).score == 1.0
+    assert score([found(0, truth, boxes[1:], [0.8], [0])], num_classes=5).score == 1.0
 
 
 def test_pictures_without_detections_or_without_objects_count_as_they_should():
     nothing, one = objects([], []), objects([[0, 0, 10, 10]], [0])
-    assert score([found(0, one, [], [], []), found(1, nothing, [], [], [])]).score == 0.0
+    assert score([found(0, one, [], [], []), found(1, nothing, [], [], [])], num_classes=5).score == 0.0
     here = found(0, one, [[0, 0, 10, 10]], [0.5], [0])
-    assert score([here, found(1, nothing, [], [], [])]).score == 1.0
-    assert score([here, found(1, nothing, [[0, 0, 10, 10]], [0.9], [0])]).score == 0.5
+    assert score([here, found(1, nothing, [], [], [])], num_classes=5).score == 1.0
+    assert score([here, found(1, nothing, [[0, 0, 10, 10]], [0.9], [0])], num_classes=5).score == 0.5
     for empty in ([], [found(0, nothing, [], [], [])], [found(0, nothing, [[1, 1, 2, 2]], [0.9], [0])]):
         with pytest.raises(ValueError, match="there is nothing to test on: no test picture holds an object"):
-            score(empty)
+            score(empty, num_classes=5)
 
 
 def splits_of(root, **changed):
@@ -121,7 +127,7 @@ def test_the_result_is_what_faster_coco_eval_gives_for_the_json(coco_folder, kin
     guesses = [guess(split[i][1], seed=i) for i in range(len(split))]
     model = Scripted(guesses[:2], guesses[2:])
     loader = DataLoader(split, batch_size=2, collate_fn=split.collate)
-    result = evaluate_detection(model, loader)
+    result = evaluate_detection(model, loader, num_classes=2)
     assert model.sizes == [[48, 64]] * 3
     truth = COCO(str(coco_folder / "annotations/instances_test.json"))
     lines = []
@@ -157,7 +163,7 @@ def test_the_truth_itself_scores_one(coco_folder):
         for t in targets
     ]
     loader = DataLoader(split, batch_size=3, collate_fn=split.collate)
-    result = evaluate_detection(Scripted(perfect), loader)
+    result = evaluate_detection(Scripted(perfect), loader, num_classes=2)
     assert result.metrics() == dict.fromkeys(
         ["test_map", "test_ap50", "test_ap75", "test_mask_map", "test_mask_ap50", "test_mask_ap75"], 1.0
     )
@@ -171,7 +177,7 @@ def test_masks_count_only_where_the_network_draws_and_the_split_reads_them(coco_
     bare = [each._replace(masks=None) for each in full]
     for guesses, chosen in ((bare, split), (full, unmasked)):
         loader = DataLoader(chosen, batch_size=3, collate_fn=chosen.collate)
-        assert evaluate_detection(Scripted(guesses), loader).masks is None
+        assert evaluate_detection(Scripted(guesses), loader, num_classes=2).masks is None
 
 
 def test_boxes_and_masks_return_to_the_files_pixels():
@@ -197,16 +203,35 @@ def test_what_is_not_finite_is_refused(coco_folder):
     guesses[2].scores[0] = torch.nan
     loader = DataLoader(split, batch_size=3, collate_fn=split.collate)
     with pytest.raises(ValueError, match="test picture 2 gives values that are not finite; check images and weights"):
-        evaluate_detection(Scripted(guesses), loader)
+        evaluate_detection(Scripted(guesses), loader, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("yolo", [f"predict.{grid}.conv" for grid in range(3)]), ("mask_rcnn", ["boxes.classify"])],
+    ids=["yolo", "mask_rcnn"],
+)
+def test_a_network_whose_scores_are_nan_is_refused_though_its_head_drops_them(coco_folder, detector, kind, layers):
+    split = splits_of(coco_folder, masks=False)[1]
+    model = detector(kind)
+    for layer in layers:
+        nn.init.constant_(model.head.get_submodule(layer).bias, torch.nan)
+    images, targets = split.collate([split[0]])
+    with torch.no_grad():
+        (seen,) = model.detect(model(images), targets[0]["size"][None])
+    assert not len(seen.scores)
+    loader = DataLoader(split, batch_size=3, collate_fn=split.collate)
+    with pytest.raises(ValueError, match="test picture 0 gives values that are not finite; check images and weights"):
+        evaluate_detection(model, loader, num_classes=2)
 
 
 def test_pictures_that_two_processes_test_count_once(coco_folder, monkeypatch):
     split = splits_of(coco_folder)[1]
     guesses = [guess(split[i][1], seed=i) for i in range(3)]
     loader = DataLoader(split, batch_size=3, collate_fn=split.collate)
-    alone = evaluate_detection(Scripted(guesses), loader)
+    alone = evaluate_detection(Scripted(guesses), loader, num_classes=2)
     monkeypatch.setattr(detection_evaluate, "gather_object", lambda here: [*here[1:], here[0], here[1]])
-    together = evaluate_detection(Scripted(guesses), loader, accelerator=object())
+    together = evaluate_detection(Scripted(guesses), loader, num_classes=2, accelerator=object())
     assert np.array_equal(alone.boxes.table, together.boxes.table)
     assert together.images == 3
 
@@ -214,7 +239,7 @@ def test_pictures_that_two_processes_test_count_once(coco_folder, monkeypatch):
 def test_evaluation_prints_nothing_and_keeps_the_mode(coco_folder, capfd):
     split = splits_of(coco_folder)[1]
     model = Scripted([guess(split[i][1], seed=i) for i in range(3)]).train()
-    evaluate_detection(model, DataLoader(split, batch_size=3, collate_fn=split.collate))
+    evaluate_detection(model, DataLoader(split, batch_size=3, collate_fn=split.collate), num_classes=2)
     assert capfd.readouterr() == ("", "")
     assert model.training
 

@@ -321,7 +321,7 @@ def test_class_weights_and_classifiers_settings_that_cannot_work_are_refused(seg
     with pytest.raises(ValueError, match="MetaSpikeFormer gives a class to pictures, not to pixels"):
         task.wrap(build_model(tiny(), num_classes=3, in_channels=3))
     weighted = tiny(segmentation=Segmentation(class_weights=0.5))
-    with pytest.raises(ValueError, match=r"segmentation\.class_weights=0\.5 is of no use with pictures without masks"):
+    with pytest.raises(ValueError, match=r"segmentation\.class_weights=0\.5 is of no use in classification"):
         build_task(weighted, split=load_split(weighted.data, "train"), device=CPU)
     with pytest.raises(ValueError, match=r"segmentation\.class_weights must lie between 0 .*got 2"):
         Segmentation(class_weights=2.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spikeformers.heads.yolo import PRIOR
 from spikeformers.weights import load_backbone, load_official, load_strict, read_checkpoint
 from spikeformers.weights.meta_spikeformer import LAYERS, STAGES, describe_widths, own_key
 from spikeformers.zoo import create_model, from_pretrained, import_checkpoint, options_of
@@ -281,3 +282,74 @@ def test_a_head_of_another_kind_stays_out(tmp_path):
     assert unchanged(model.head, head)
     assert set(report.dropped) == {f"head.{key}" for key in source.head.state_dict()}
     assert set(report.kept) == {f"head.{key}" for key in head}
+
+
+DETECTORS = {
+    "yolo": {"dim": 8},
+    "mask_rcnn": {"region_dim": 8, "fc_dim": 8, "norm": "batch_norm"},
+}
+
+
+def detector_of(kind: str, **overrides) -> torch.nn.Module:
+    sizes = {"dims": TINY["dims"], "steps": 1, "num_classes": 5}
+    return create_model(f"meta_spikeformer_15m_{kind}", **(DETECTORS[kind] | sizes | overrides))
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+@pytest.mark.parametrize("source", ["run", "official", "mmdetection"])
+def test_a_detector_takes_the_stages_of_a_classifier_and_keeps_its_head_as_built(kind, source, official, tmp_path):
+    classifier = model_of(steps=1)
+    load_official(classifier, official)
+    path = tmp_path / "run"
+    if source == "run":
+        classifier.save_pretrained(path / "model")
+    else:
+        path = tmp_path / "authors.safetensors"
+        stages = {f"backbone.{key}": value for key, value in official.items() if not key.startswith("head")}
+        save_file(official if source == "official" else stages | {"rpn_head.conv.bias": torch.zeros(2)}, path)
+    model = detector_of(kind)
+    head = values(model.head)
+    report = load_backbone(model, path)
+    theirs = values(classifier)
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.backbone.state_dict().items())
+    assert unchanged(model.head, head)
+    assert report.dropped
+    assert set(report.kept) == {f"head.{key}" for key in head}
+    assert report.differs == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("yolo", {"predict.0.conv", "predict.1.conv", "predict.2.conv"}),
+        ("mask_rcnn", {"boxes.classify", "boxes.deltas", "masks.classify"}),
+    ],
+)
+def test_a_detector_takes_another_one_but_for_layers_of_other_classes_which_stay_as_built(kind, layers, tmp_path):
+    source = detector_of(kind, num_classes=3)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    source.save_pretrained(tmp_path / "model")
+    model = detector_of(kind)
+    before, theirs = values(model), values(source)
+    report = load_backbone(model, tmp_path)
+    new = {f"head.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert set(report.kept) == new
+    assert all(torch.equal(tensor, (before if key in new else theirs)[key]) for key, tensor in values(model).items())
+    if kind == "yolo":  # few objects are expected: five classes behind the objectness of each anchor
+        objectness = model.head.predict[0].conv.bias.view(-1, 5 + 5)[:, 4]
+        assert torch.equal(objectness, torch.tensor(PRIOR).logit().expand(len(objectness)))
+
+
+def test_a_detector_takes_no_head_of_another_kind(tmp_path):
+    detector_of("yolo").save_pretrained(tmp_path / "model")
+    model = detector_of("mask_rcnn")
+    head = values(model.head)
+    report = load_backbone(model, tmp_path)
+    assert unchanged(model.head, head)
+    assert set(report.kept) == {f"head.{key}" for key in head}
+
+
+def test_the_authors_detectors_are_no_models_of_ours_but_their_stages_are(official):
+    with pytest.raises(ValueError, match=r"the head of this Detector, a YOLO: start its backbone .* load_backbone"):
+        load_official(detector_of("yolo"), official)

@@ -23,12 +23,21 @@ class Stored(Protocol):
     def read_bytes(self) -> bytes: ...
 
 
-class UnreadablePictureError(ValueError):
-    """A picture that cannot be read or does not suit the model; the message is one line and names the file."""
+class UnreadableError(ValueError):
+    """Something that cannot be read or does not suit the model; the message is one line and names the file."""
 
     def __init__(self, message: str) -> None:
         # A worker process of a DataLoader wraps the message in its traceback: keep our line, which is the last.
-        super().__init__(message.strip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+        kind = type(self)
+        super().__init__(message.strip().rsplit("\n", 1)[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: "))
+
+
+class UnreadablePictureError(UnreadableError):
+    """A picture that cannot be read or does not suit the model."""
+
+
+class UnreadableRecordingError(UnreadableError):
+    """A recording of events that cannot be read or does not suit the model."""
 
 
 def decode(source: Stored | bytes | np.ndarray, *, name: str, channels: int) -> Image.Image:

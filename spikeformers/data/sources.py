@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,19 +17,39 @@ import pyarrow.parquet as pq
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from spikeformers.data.events import Events
+
 HELD_OUT = 0.2  # of each class, where a folder has no split of its own
-FOLDERS = {"imagefolder": ("test", "val", "valid", "validation"), "imagenet": ("val", "validation")}
+_TESTS = ("test", "val", "valid", "validation")
+FOLDERS = {"imagefolder": _TESTS, "imagenet": ("val", "validation"), "eventfolder": _TESTS}
 PARQUET_TESTS = ("test", "valid", "val")
 PARQUET_FOLDERS = ("data", "plain_text")  # where the hub's data sets with one configuration keep their files
 
 
+class Recording(Protocol):
+    """Events that are read, or made, when they are wanted."""
+
+    def read(self) -> Events: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files in class folders are: its name for messages, and the endings of their names in lower case."""
+
+    name: str
+    endings: tuple[str, ...]
+
+
+PICTURES = Kind("image", IMG_EXTENSIONS)
+
+
 @dataclass(frozen=True)
 class Listing:
-    """One split, not yet decoded: `sources[i]` is a path, encoded bytes, or uint8 pixels [H,W] or [H,W,3]."""
+    """One split, not yet decoded: `sources[i]` is a path, encoded bytes, uint8 pixels [H,W] or [H,W,3], or events."""
 
     classes: tuple[str, ...]
     labels: np.ndarray  # int64 [N]
-    sources: Sequence[Path | bytes | np.ndarray]
+    sources: Sequence[Path | bytes | np.ndarray | Recording]
     names: Sequence[str]  # of file or row, for messages
 
     def chosen(self, indices: np.ndarray) -> "Listing":
@@ -49,10 +70,10 @@ def balanced_prefix(labels: np.ndarray, limit: int) -> np.ndarray:
     return np.sort(by_class[np.argsort(turn, kind="stable")[:limit]])
 
 
-def folder(root: str, split: str, *, source: str, limit: int) -> Listing:
-    """A split of an image folder; a limit takes from every class in turn.
+def folder(root: str, split: str, *, source: str, limit: int, kind: Kind = PICTURES) -> Listing:
+    """A split of a folder of files of `kind`; a limit takes from every class in turn.
 
-    Raises ValueError if the root or its split is missing, or a class folder holds no picture.
+    Raises ValueError if the root or its split is missing, or a class folder holds no such file.
     """
     top = existing(root, source)
     tests = FOLDERS[source]
@@ -61,15 +82,15 @@ def folder(root: str, split: str, *, source: str, limit: int) -> Listing:
     if not train.is_dir() and test is None:
         if source == "imagenet":
             raise ValueError(f"{top} has no train/ and val/ folders: data.root must be the folder that holds them")
-        return _held_out(_scan(top, _class_folders(top)), split, limit)
+        return _held_out(scan(top, class_folders(top, kind), kind), split, limit)
     if not train.is_dir() or (test is None and split == "test"):
         missing = " or ".join(f"{name}/" for name in (tests if train.is_dir() else ("train",)))
         raise ValueError(f"{top} has no {missing} folder: add it, or put the class folders directly in the root")
-    classes = _class_folders(train)
+    classes = class_folders(train, kind)
     here = train if split == "train" else test
-    if unknown := sorted(set(_class_folders(here)) - set(classes)):
+    if unknown := sorted(set(class_folders(here, kind)) - set(classes)):
         raise ValueError(f"class folder {here / unknown[0]} has no counterpart in {train}: add or remove it")
-    found = _scan(here, classes)
+    found = scan(here, classes, kind)
     return found.chosen(balanced_prefix(found.labels, limit))
 
 
@@ -87,30 +108,35 @@ def existing(root: str, source: str) -> Path:
     return top
 
 
-def _class_folders(top: Path) -> tuple[str, ...]:
+def class_folders(top: Path, kind: Kind) -> tuple[str, ...]:
+    """Names of the folders in `top`, sorted.  Raises ValueError if there are none."""
     try:
         found = [name for name in find_classes(top)[0] if not name.startswith(".")]
     except FileNotFoundError:
         found = []
     if not found:
-        raise ValueError(f"{top} has no class folders: expected {top}/CLASS/*.jpg")
+        raise ValueError(f"{top} has no class folders: expected {top}/CLASS/*{kind.endings[0]}")
     return tuple(found)
 
 
-def _scan(top: Path, classes: tuple[str, ...]) -> Listing:
+def scan(top: Path, classes: Sequence[str], kind: Kind) -> Listing:
+    """Files of `kind` at any depth of the class folders in `top`.  Raises ValueError for a folder without any."""
     ranks = {name: rank for rank, name in enumerate(classes)}
 
-    def is_picture(path: str) -> bool:  # "._x.jpg" are another system's notes about x.jpg
-        return path.lower().endswith(IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+    def fits(path: str) -> bool:  # "._x.jpg" are another system's notes about x.jpg
+        return path.lower().endswith(kind.endings) and not Path(path).name.startswith(".")
 
-    samples = make_dataset(top, ranks, is_valid_file=is_picture, allow_empty=True)
+    samples = make_dataset(top, ranks, is_valid_file=fits, allow_empty=True)
     filled = {rank for _, rank in samples}
     for name, rank in ranks.items():
         if rank not in filled and (top / name).is_dir():
-            kinds = " ".join(IMG_EXTENSIONS)
-            raise ValueError(f"class folder {top / name} holds no image ({kinds}): add some or remove the folder")
+            endings = " ".join(kind.endings)
+            raise ValueError(
+                f"class folder {top / name} holds no {kind.name} ({endings}): add some or remove the folder"
+            )
     paths = [Path(path) for path, _ in samples]
-    return Listing(classes, np.array([rank for _, rank in samples], dtype=np.int64), paths, [str(p) for p in paths])
+    labels = np.array([rank for _, rank in samples], dtype=np.int64)
+    return Listing(tuple(classes), labels, paths, [str(p) for p in paths])
 
 
 def _held_out(found: Listing, split: str, limit: int) -> Listing:

@@ -3,6 +3,8 @@
 from spikeformers.data import images
 from spikeformers.data.detection import DetectionData, DetectionSplit, load_detection_split
 from spikeformers.data.detection_sources import DETECTION_SOURCES
+from spikeformers.data.event_clips import ClipSplit, EventData, load_clip_split
+from spikeformers.data.event_sources import EVENT_SOURCES
 from spikeformers.data.images import SOURCES, ImageData, ImageSplit
 from spikeformers.data.segmentation import (
     SEGMENTATION_SOURCES,
@@ -12,17 +14,19 @@ from spikeformers.data.segmentation import (
 )
 from spikeformers.neurons import closest
 
-Data = ImageData | SegmentationData | DetectionData
-Split = ImageSplit | SegmentationSplit | DetectionSplit
+Data = ImageData | SegmentationData | DetectionData | EventData
+Split = ImageSplit | SegmentationSplit | DetectionSplit | ClipSplit
 KINDS = (
     dict.fromkeys(SOURCES, ImageData)
     | dict.fromkeys(SEGMENTATION_SOURCES, SegmentationData)
     | dict.fromkeys(DETECTION_SOURCES, DetectionData)
+    | dict.fromkeys(EVENT_SOURCES, EventData)
 )
 _LOADERS = {
     ImageData: images.load_split,
     SegmentationData: load_segmentation_split,
     DetectionData: load_detection_split,
+    EventData: load_clip_split,
 }
 
 

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from spikeformers.cli.clips import check_stream, predict_clips, refuse_stream
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
     from spikeformers.deploy import Artifact, ModelCard
     from spikeformers.energy.report import EnergyReport
-    from spikeformers.train.detection_prediction import BoxPredictor
+    from spikeformers.train.detection_prediction import BoxPredictor, SeenPicture
     from spikeformers.train.prediction import Picture, PixelPredictor
     from spikeformers.train.recipe import Recipe
 
@@ -85,7 +87,9 @@ def predict(arguments: Namespace) -> None:
     """What is in each image, or where, and the energy that its inference takes."""
     if arguments.score is not None and not 0 <= arguments.score <= 1:
         raise ValueError(f"--score must lie between 0 and 1, got {arguments.score}")
+    check_stream(arguments)
     if Path(arguments.model).is_file():
+        refuse_stream(arguments)
         return predict_by_artifact(arguments)
     if arguments.backend != "torch":
         raise ValueError("--backend goes with a file of `export`: runs and saved models run in torch")
@@ -93,12 +97,18 @@ def predict(arguments: Namespace) -> None:
 
     from spikeformers import energy
     from spikeformers.data.detection import DetectionData
+    from spikeformers.data.event_clips import EventData
     from spikeformers.data.images import read_image
     from spikeformers.data.segmentation import SegmentationData
     from spikeformers.train.detection_prediction import box_predictor
     from spikeformers.train.saved import read_trained, run_of
 
     model, spec, classes = read_trained(arguments.model)
+    if isinstance(spec, EventData):
+        refuse_score(arguments)
+        refuse_out(arguments)
+        return predict_clips(model, spec, classes, arguments)
+    refuse_stream(arguments)
     if isinstance(spec, DetectionData):
         return predict_boxes(box_predictor(model, spec, classes=classes, source=arguments.model), arguments)
     refuse_score(arguments)
@@ -129,9 +139,7 @@ def refuse_out(arguments: Namespace) -> None:
 def refuse_score(arguments: Namespace) -> None:
     """Raises ValueError for a least score of boxes, where none are found."""
     if arguments.score is not None:
-        raise ValueError(
-            f"--score is for runs and saved models that find boxes: {arguments.model} is none, leave it out"
-        )
+        raise ValueError(f"--score is for networks that find boxes: {arguments.model} is none, leave it out")
 
 
 def predict_pixels(arguments: Namespace) -> None:
@@ -148,19 +156,29 @@ def predict_pixels(arguments: Namespace) -> None:
 def predict_boxes(predictor: "BoxPredictor", arguments: Namespace) -> None:
     """What is found in each image, the most certain first, and a picture of where."""
     from spikeformers import energy
-    from spikeformers.train.detection_pictures import CERTAIN
 
-    threshold = CERTAIN if arguments.score is None else arguments.score
     for file, image, target in to_paint(predictor, arguments):
-        found = predictor.found(image, threshold=threshold)
         print(f"{file}: {spent(energy.measure(predictor.model, image.input[None]))}")
-        for score, label, box in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True):
-            x, y, right, bottom = (f"{value:.0f}" for value in box)
-            print(f"  {score:.2f}  {predictor.classes[label]}  from ({x}, {y}) to ({right}, {bottom})")
-        if not len(found.labels):
-            print(f"  nothing with a score of {threshold} or more")
-        predictor.picture(image, found).save(target)
-        print(f"  written: {target}")
+        show_boxes(predictor, image, target, threshold=least_score(arguments))
+
+
+def least_score(arguments: Namespace) -> float:
+    """From which score on boxes are shown."""
+    from spikeformers.heads.detections import CERTAIN
+
+    return CERTAIN if arguments.score is None else arguments.score
+
+
+def show_boxes(predictor: "BoxPredictor", image: "SeenPicture", target: Path, *, threshold: float) -> None:
+    """Print each box with its class, and write the overlay."""
+    found = predictor.found(image, threshold=threshold)
+    for score, label, box in zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True):
+        x, y, right, bottom = (f"{value:.0f}" for value in box)
+        print(f"  {score:.2f}  {predictor.classes[label]}  from ({x}, {y}) to ({right}, {bottom})")
+    if not len(found.labels):
+        print(f"  nothing with a score of {threshold} or more")
+    predictor.picture(image, found).save(target)
+    print(f"  written: {target}")
 
 
 def to_paint(predictor: "PixelPredictor | BoxPredictor", arguments: Namespace) -> "list[tuple[str, Any, Path]]":
@@ -208,18 +226,14 @@ def predict_by_artifact(arguments: Namespace) -> None:
         model = load(arguments.model, backend=arguments.backend)
     except ImportError as error:  # an extra that is not installed; the message names it
         raise ValueError(str(error)) from error
-    if model.detects:
-        raise ValueError(
-            f"{arguments.model} is a detector, whose files `predict` does not run: predict its run, or run the file by "
-            "spikeformers.deploy.load and .detect in Python"
-        )
-    refuse_score(arguments)
+    if not model.detects:
+        refuse_score(arguments)
     if model.preprocessing is None:
         raise ValueError(
             f"{arguments.model} does not say how to prepare pictures: it takes clips, or was saved without; run it by "
             "spikeformers.deploy.load in Python"
         )
-    answer = paint_by_artifact if model.segments else classify_by_artifact
+    answer = paint_by_artifact if model.segments else boxes_by_artifact if model.detects else classify_by_artifact
     answer(model, arguments)
 
 
@@ -244,6 +258,17 @@ def paint_by_artifact(model: "Artifact", arguments: Namespace) -> None:
     for file, image, target in jobs:
         print(f"{file}:")
         paint(predictor, image, target)
+
+
+def boxes_by_artifact(model: "Artifact", arguments: Namespace) -> None:
+    from spikeformers.train.detection_prediction import file_box_predictor
+
+    predictor = file_box_predictor(model, name=arguments.model)
+    jobs = to_paint(predictor, arguments)
+    print_energy(model.card)
+    for file, image, target in jobs:
+        print(f"{file}:")
+        show_boxes(predictor, image, target, threshold=least_score(arguments))
 
 
 def print_energy(card: "ModelCard") -> None:

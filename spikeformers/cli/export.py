@@ -71,6 +71,8 @@ def write_spk(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
 
     backend = arguments.backend
     if backend != "torch":
+        if subject.missing:
+            raise ValueError(f"--backend {backend} cannot run {subject.missing}; leave --backend out")
         exporting.check_one_size(subject, images=arguments.images, what=f"--backend {backend}")
     engine = exporting.engine_of(subject)
     runner = engine if backend == "torch" else exporting.engine_of(subject, backend=backend)
@@ -91,12 +93,14 @@ def write_onnx(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
     exporting.check_one_size(subject, images=arguments.images, what="an ONNX file")
     engine = exporting.engine_of(subject)
     found = exporting.compared(subject, engine, images=arguments.images)
-    export_onnx(engine, subject.image(), out, form=arguments.form or ONNX_FORMS[0])
-    runner = exporting.onnx_runner(out, engine(subject.image()))
+    part = subject.in_graph(engine)
+    export_onnx(part, subject.image(), out, form=arguments.form or ONNX_FORMS[0])
+    runner = subject.completed(engine, exporting.onnx_runner(out, part(subject.image())))
     told = exporting.onnx_fact(subject, engine, runner, images=arguments.images)
     timed = exporting.latency_fact(subject, runner, backend="onnxruntime")
     kept = exporting.comparison_facts(subject, found)
-    return [exporting.size_fact(subject, out), *kept, told, timed, exporting.energy_fact(subject)]
+    facts = [exporting.size_fact(subject, out), *missing_facts(subject), *kept]
+    return [*facts, told, timed, exporting.energy_fact(subject)]
 
 
 def write_nir(subject: "Exportable", out: Path, _: Namespace) -> Facts:
@@ -104,14 +108,20 @@ def write_nir(subject: "Exportable", out: Path, _: Namespace) -> Facts:
     from spikeformers.deploy.nir import export_nir
     from spikeformers.train.results import short
 
-    report = export_nir(subject.model, subject.image(), out)
+    report = export_nir(subject.in_graph(subject.model), subject.image(), out)
     print(report.table())
     written = sum(file.stat().st_size for file in out.iterdir())
     return [
         ("Parts", f"{len(report.parts)}, with {100 * report.share:.1f} % of the multiply-accumulates"),
+        *missing_facts(subject),
         ("Left out", f"{len(report.left_out)} modules, listed above with the reason"),
         ("Size", f"{short(written / 1e6)} MB"),
     ]
+
+
+def missing_facts(subject: "Exportable") -> Facts:
+    """The line about what is not in a graph, if not all is."""
+    return [("Not in the file", subject.missing)] if subject.missing else []
 
 
 WRITERS = {"spk": write_spk, "onnx": write_onnx, "nir": write_nir}

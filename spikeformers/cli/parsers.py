@@ -159,11 +159,12 @@ def add_predict(commands: "ActionSubCommands") -> None:
         "spikeformers predict model.spk seven.png",
         "spikeformers predict runs/camvid_spike2former street.png --out overlays",
         "spikeformers predict runs/bccd_yolo_small cells.jpg --score 0.5",
+        "spikeformers predict runs/nmnist_small recording.bin --stream --confidence 0.95",
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run or of a saved model, or file of `export`"
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="image files")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="image files, or recordings of events")
     parser.add_argument(
         "--backend",
         default="torch",
@@ -178,20 +179,46 @@ def add_predict(commands: "ActionSubCommands") -> None:
         metavar="S",
         help="least score of boxes to show, 0 to 1 (default: 0.3)",
     )
-    add_command(commands, "predict", parser, "what image files show, and where")
+    parser.add_argument(
+        "--stream", action="store_true", help="of a recording of events: what each step decides, one frame at a time"
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=None,
+        metavar="P",
+        help="end a stream as soon as the likeliest class has this probability, above 0 to 1",
+    )
+    add_command(commands, "predict", parser, "what image files or recordings show, and where")
 
 
 def add_energy(commands: "ActionSubCommands") -> None:
     parser = new_parser(
-        "Operations and energy by layer and by stage, spiking and as an ANN. A bare name: random weights and images.",
+        "Operations and energy by layer and by stage, spiking and as an ANN. A bare name: random weights and images. "
+        "Several runs: a row each, and --plot draws their scores over their energy. A model of your own is measured "
+        "from Python: docs/guides/energy.md has the three lines.",
         "spikeformers energy runs/digits --images 200 --json energy.json --plot energy.png",
+        "spikeformers energy runs/digits --plot rates.png --kind rates --csv layers.csv --latex layers.tex --strict",
+        "spikeformers energy runs/digits runs/digits_ann --plot bubbles.png",
         "spikeformers energy meta_spikeformer_15m",
     )
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="folder of a run or of a saved model, or a model's name")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL_OR_RUN", help="folder of a run or of a saved model, or a model's name"
+    )
     parser.add_argument("--convention", default="meta_spikeformer", help="whose way of counting (default: %(default)s)")
     parser.add_argument("--images", type=int, metavar="N", help="images to average over (default: 64, of a name 4)")
+    parser.add_argument("--strict", action="store_true", help="fail if anything that may multiply is not counted")
     parser.add_argument("--json", default="", metavar="FILE", help="write all numbers there")
-    parser.add_argument("--plot", default="", metavar="FILE", help="write a bar chart there (png, svg, pdf)")
+    parser.add_argument("--csv", default="", metavar="FILE", help="write the rows there, in full precision")
+    parser.add_argument("--latex", default="", metavar="FILE", help="write the rows there, for the package booktabs")
+    parser.add_argument("--plot", default="", metavar="FILE", help="draw there (png, svg, pdf)")
+    parser.add_argument(
+        "--kind",
+        default=None,
+        choices=("stages", "layers", "rates"),
+        help="of one model, what to draw: energy of stages or layers, or firing rates of layers over time steps "
+        "(default: stages)",
+    )
     add_command(commands, "energy", parser, "energy by layer and stage")
 
 
@@ -212,7 +239,8 @@ def add_audit(commands: "ActionSubCommands") -> None:
 def add_export(commands: "ActionSubCommands") -> None:
     parser = new_parser(
         "Turn a finished run into a file that others run without it: the integer engine with class names, preparation "
-        "of pictures and a card (spk), ONNX, or the parts that NIR can express. Says what that keeps of the network.",
+        "of pictures and a card (spk), ONNX, or the parts that NIR can express. Says what that keeps of the network. "
+        "ONNX and NIR hold only the first stage of a Mask R-CNN, which chooses regions after it.",
         "spikeformers export runs/digits --to spk",
         "spikeformers predict runs/digits/model.spk seven.png",
         "spikeformers export runs/digits_w4 --to spk --out digits.spk --license CC-BY-4.0",

@@ -225,8 +225,10 @@ def _only(names: Sequence[str], policy: RandAugment) -> RandAugment:
     return RandAugment([op for op in policy.ops if op.name.removesuffix("Increasing") in names], policy.num_layers)
 
 
-def mixing(augment: Augment, *, num_classes: int) -> Mixup | None:
+def mixing(augment: Augment, *, num_classes: int, share: float = 1.0) -> Mixup | None:
     """timm's mixup and cutmix of a batch, without label smoothing (which is the loss's), or None when both are off.
+
+    `share`: of batches that are mixed; each is with this probability.
 
     `mix(images, labels) -> images, soft targets [B,num_classes]` changes its batch in place, wants an even batch and
     draws from numpy's global state: call it inside `seeded(seed, step, rank)` to make it a function of these.
@@ -236,6 +238,16 @@ def mixing(augment: Augment, *, num_classes: int) -> Mixup | None:
     return Mixup(
         mixup_alpha=augment.mixup,
         cutmix_alpha=augment.cutmix,
+        prob=share,
         label_smoothing=0.0,
         num_classes=num_classes,
     )
+
+
+def mixed(mixer: Mixup, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `mixer` makes of images [B,C,H,W], or of clips [T,B,C,H,W], whose frames are all mixed alike."""
+    if images.ndim == 4:
+        return mixer(images, labels)
+    steps = len(images)
+    pictures, target = mixer(images.transpose(0, 1).flatten(1, 2), labels)
+    return pictures.unflatten(1, (steps, -1)).transpose(0, 1), target

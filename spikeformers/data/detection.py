@@ -34,6 +34,7 @@ from spikeformers.data.held import read_all, spread
 from spikeformers.data.images import MEMORY_LIMIT, statistics
 from spikeformers.data.segmentation_augment import resize_picture
 from spikeformers.data.segmentation_sources import checked_names, default_colours
+from spikeformers.deploy import Letterbox
 from spikeformers.heads.detections import Target
 from spikeformers.neurons.suggest import closest
 
@@ -100,6 +101,13 @@ class DetectionData:
         """The height and width that every picture is padded to by itself; (1, 1): none."""
         return self.size if self.fit == "letterbox" else (1, 1)
 
+    @property
+    def letterbox(self) -> Letterbox:
+        """What becomes of a test picture that comes alone, as a file for deployment tells it."""
+        mean, std = statistics(self)
+        told = {"channels": self.in_channels, "mean": mean, "std": std, "interpolation": "bilinear"}
+        return Letterbox(window=tuple(self.size), turning=self.fit == "sides", padded_to=PADDED_TO, **told)
+
 
 class DetectionTarget(Target):
     """A target with the height and width of the picture's file and its index in the split, int64; `truth`: of a test
@@ -124,16 +132,16 @@ def rounded_up(sizes: Sequence[Size]) -> Size:
     return height, width
 
 
-def read_picture_to_detect(spec: DetectionData, path: str | Path) -> tuple[Tensor, Size, Tensor]:
+def read_picture_to_detect(told: Letterbox, path: str | Path) -> tuple[Tensor, Size, Tensor]:
     """One picture file as the model wants it, float32 [C,H,W]; its height and width in there; and the file's own
-    pixels, uint8 [C,h,w].
+    pixels, uint8 [C,h,w].  `told`: by `DetectionData.letterbox`, or by a file for deployment.
 
     Raises ValueError naming the file.
     """
-    pixels = to_pixels(decode(Path(path), name=str(path), channels=spec.in_channels))
-    size = spec.window.fitted(*pixels.shape[-2:])
-    image = Finish(*statistics(spec)).normalise(resize_picture(pixels, size, interpolation="bilinear"))
-    return padded(image, rounded_up([size, spec.padded_size])), size, pixels
+    pixels = to_pixels(decode(Path(path), name=str(path), channels=told.channels))
+    size = Window(told.window, turning=told.turning).fitted(*pixels.shape[-2:])
+    image = Finish(told.mean, told.std).normalise(resize_picture(pixels, size, interpolation=told.interpolation))
+    return padded(image, told.padded(*size)), size, pixels
 
 
 class DetectionSplit(Dataset):

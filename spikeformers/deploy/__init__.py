@@ -6,8 +6,9 @@ from spikeformers.deploy.fuse import fuse
 from spikeformers.deploy.nir import LeftOut, NIRPart, NIRReport, export_nir
 from spikeformers.deploy.onnx import export_onnx
 from spikeformers.deploy.openvino import OpenVINOModel
-from spikeformers.deploy.pictures import Framing, Preprocessing
+from spikeformers.deploy.pictures import Framing, Letterbox, Preprocessing
 from spikeformers.deploy.runtime import Agreement, IntegerModel, IntegerReport, LayerReport, integer
+from spikeformers.deploy.stages import completed, first_stage
 from spikeformers.deploy.unroll import BinarySpikes, IFNeuron, summed, unroll
 from spikeformers.deploy.verdict import AuditRow, Merge
 
@@ -23,6 +24,7 @@ __all__ = [
     "IntegerReport",
     "LayerReport",
     "LeftOut",
+    "Letterbox",
     "Merge",
     "ModelCard",
     "NIRPart",
@@ -30,8 +32,10 @@ __all__ = [
     "OpenVINOModel",
     "Preprocessing",
     "audit",
+    "completed",
     "export_nir",
     "export_onnx",
+    "first_stage",
     "fuse",
     "integer",
     "load",

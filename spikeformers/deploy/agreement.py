@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from spikeformers.deploy.counts import CountNeuron, to_uint8
 from spikeformers.deploy.joint import OPERANDS
-from spikeformers.deploy.outputs import largest_difference, predictions
+from spikeformers.deploy.outputs import equal_predictions, largest_difference
 from spikeformers.energy.firing import record
 
 JOINT = ".qkv"  # the neuron of a joint attention, which stands for those of q, k and v
@@ -59,15 +59,19 @@ class IntegerReport:
 class Agreement:
     """How far the engine predicts what the float model predicts, over `total` images.
 
-    `different`: indices of the images whose predicted class differs, or that of any pixel where pixels have classes;
-    `flipped`: of those where any count of any neuron does.  `equal`: share of all predictions (images, or pixels) that
-    are the same.  `flip_rates`: per neuron, the share of its counts that differ.  `largest_error`: of any logit.
+    A prediction is the class of an image, or of a pixel where pixels have classes; of a detector, a detection whose
+    score is at least CERTAIN in either: two are the same, and count once, if they are of one class and their boxes have
+    an IoU of SAME_BOX.  `different`: indices of the images where any prediction differs; `flipped`: of those where any
+    count of any neuron does.  `predictions`: how many there are; `equal`: the share that is the same, 1 if there are
+    none.  `flip_rates`: per neuron, the share of its counts that differ.  `largest_error`: of any logit.
+    Of two stages, flips and errors are the first one's: the second may look at other regions, which cannot be compared.
     """
 
     same: int
     total: int
     different: tuple[int, ...]
     flipped: tuple[int, ...]
+    predictions: int
     equal: float
     flip_rates: dict[str, float]
     largest_error: float
@@ -82,19 +86,17 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
     """Run the network `model` and the engine that came from it on the same images; see `IntegerModel.compare`."""
     if model.training:
         raise ValueError("compare needs model.eval(): batch norm in train mode is another function")
-    neurons = {name: module for name, module in engine.net.named_modules() if isinstance(module, CountNeuron)}
-    flips, sizes, first_names = Counter(), Counter(), _first_names(model)
-    different, flipped, total, equal, largest = [], [], 0, 0.0, 0.0
+    neurons, first_names = neurons_of_images(engine, model), _first_names(model)
+    flips, sizes, alike = Counter(), Counter(), Counter()
+    different, flipped, total, largest = [], [], 0, 0.0
     first = next(model.parameters())
     for batch in [images] if isinstance(images, Tensor) else images:
         batch = (batch if isinstance(batch, Tensor) else batch[0]).to(first.device, first.dtype)
         with record(model) as wanted, listening(neurons) as got:
-            expected, found = tree_map(lambda each: each.to(engine.device), model(batch)), engine(batch)
-        size = tuple(batch.shape[-2:])
-        agree = predictions(model, expected, size) == predictions(model, found, size)
-        count = len(agree)
-        wrong = (~agree).view(count, -1).any(1).nonzero().flatten()
-        equal += float(agree.double().mean()) * count
+            expected, found = tree_map_only(Tensor, lambda each: each.to(engine.device), model(batch)), engine(batch)
+        predicted = equal_predictions(model, expected, found, tuple(batch.shape[-2:]))
+        count, wrong = len(predicted.total), (~predicted.everywhere).nonzero().flatten()
+        alike.update({name: int(each.sum()) for name, each in predicted._asdict().items()})
         anywhere = torch.zeros(count, dtype=torch.bool, device=engine.device)
         largest = max(largest, largest_difference(expected, found))
         for name, counts in got.items():
@@ -113,10 +115,22 @@ def compare(engine: nn.Module, model: nn.Module, images: Tensor | Iterable) -> A
         total=total,
         different=tuple(different),
         flipped=tuple(flipped),
-        equal=equal / total,
+        predictions=alike["total"],
+        equal=alike["equal"] / alike["total"] if alike["total"] else 1.0,
         flip_rates=rates,
         largest_error=largest,
     )
+
+
+def neurons_of_images(engine: nn.Module, model: nn.Module) -> dict[str, CountNeuron]:
+    """Neurons of the engine of `model` by name, without those of a second stage, whose rows are regions."""
+    behind = tuple(
+        f"{name}.{part}.".removeprefix(".")
+        for name, module in getattr(model, "_orig_mod", model).named_modules()
+        for part in getattr(module, "second_stage", ())
+    )
+    named = engine.net.named_modules()
+    return {name: each for name, each in named if isinstance(each, CountNeuron) and not name.startswith(behind)}
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

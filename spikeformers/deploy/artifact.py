@@ -24,7 +24,7 @@ from spikeformers.backbones.spikformer import SpikformerConfig
 from spikeformers.deploy import container
 from spikeformers.deploy.container import Content
 from spikeformers.deploy.outputs import same_outputs
-from spikeformers.deploy.pictures import Framing, Preprocessing, told_by
+from spikeformers.deploy.pictures import Pictures, told_by
 from spikeformers.deploy.runtime import BACKENDS, IntegerModel
 from spikeformers.heads import (
     Detections,
@@ -69,7 +69,8 @@ MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for 
     **dict.fromkeys(("neck_dim", "fpn_dim", "encoder_hidden", "decoder_hidden", "queries"), 2**14),
     **dict.fromkeys(("groups", "decoder_heads"), 2**10),
     **dict.fromkeys(("region_dim", "fc_dim", "anchors", "anchor_sizes", "regions", "samples", "candidates"), 2**14),
-    **dict.fromkeys(("limit", "box_weight", "objectness_weight", "class_weight"), 2**14),
+    **dict.fromkeys(("box_weight", "objectness_weight", "class_weight"), 2**14),
+    "limit": 2**10,  # each may have a mask as large as the picture
 }
 MOST_OTHERS = 64  # of those that MOST does not name
 MOST_ENTRIES = 64  # of a tuple in a config
@@ -89,14 +90,18 @@ class ModelCard:
     """What somebody who gets the file should know; None or "": not known.
 
     `accuracy`, 0..1: right answers of the engine (classes of images, or of pixels) over `images` test images of `data`;
-    `miou`: of one that gives classes to pixels. Energies: mJ an image, of the spiking network and of the same one as an
-    ANN, by `energy_convention`. `source`: what it was trained by. `license`: of the weights.
+    `miou`: of one that gives classes to pixels; `map`, `ap50`: of one that finds boxes, `mask_map` of its masks, if it
+    draws some. Energies: mJ an image, of the spiking network and of the same one as an ANN, by `energy_convention`.
+    `source`: what it was trained by. `license`: of the weights.
     Raises ValueError for texts that cannot be printed, or numbers out of range.
     """
 
     model: str = ""
     accuracy: float | None = None
     miou: float | None = None
+    map: float | None = None
+    ap50: float | None = None
+    mask_map: float | None = None
     images: int | None = None
     data: str = ""
     energy_mj: float | None = None
@@ -109,7 +114,8 @@ class ModelCard:
     def __post_init__(self) -> None:
         for name in ("model", "data", "energy_convention", "source", "license"):
             _check_text(f"card.{name}", getattr(self, name))
-        limits = {"accuracy": 1, "miou": 1, "energy_mj": math.inf, "ann_energy_mj": math.inf}
+        scores = dict.fromkeys(("accuracy", "miou", "map", "ap50", "mask_map"), 1)
+        limits = scores | {"energy_mj": math.inf, "ann_energy_mj": math.inf}
         for name, most in limits.items():
             value = getattr(self, name)
             if value is not None and not (type(value) in (int, float) and 0 <= value <= most and math.isfinite(value)):
@@ -131,7 +137,7 @@ class Artifact:
     """
 
     engine: IntegerModel
-    preprocessing: Preprocessing | Framing | None
+    preprocessing: Pictures | None
     labels: tuple[str, ...] | None
     card: ModelCard
     colours: tuple[tuple[int, int, int], ...] | None = None
@@ -164,7 +170,7 @@ def save(
     engine: IntegerModel,
     path: str | Path,
     *,
-    preprocessing: Preprocessing | Framing | None = None,
+    preprocessing: Pictures | None = None,
     labels: Sequence[str] | None = None,
     colours: Sequence[Sequence[int]] | None = None,
     card: ModelCard | None = None,

@@ -26,7 +26,7 @@ from spikeformers.quantize import PackedLayer
 logger = logging.getLogger(__name__)
 LARGEST_WEIGHT = 127
 LARGEST_COUNT = 255
-PREPARED_SHAPES = 4  # input shapes for which a layer keeps its weights laid out
+PREPARED_SHAPES = 8  # input shapes for which a layer keeps its weights laid out; five maps may share one layer
 PAIR_LIMIT = 32767  # CPUs without VNNI add two products in 16 bits and saturate beyond this
 EXACT_FLOAT32 = 2**24  # up to here float32 holds every integer
 EPSILON = 2**-23  # of float32

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from spikeformers.deploy.geometry import Geometry
 from spikeformers.quantize import PackedLayer
 
-PREPARED_SHAPES = 4  # input shapes for which a layer keeps prepared weights
+PREPARED_SHAPES = 8  # input shapes for which a layer keeps prepared weights; five maps may share one layer
 Run = Callable[[Tensor], Tensor]
 
 

@@ -19,6 +19,8 @@ a SepConv goes as the one dense 7x7 that it equals, so that only the first layer
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from spikeformers.deploy.fuse import fuse, plain_copy, refuse_exact
 from spikeformers.deploy.nir_nodes import REASONS, Step
 from spikeformers.deploy.nir_trace import steps_of
+from spikeformers.deploy.stages import refuse_two_stages
 from spikeformers.energy import trace
 from spikeformers.energy.firing import neurons_of
 from spikeformers.layers import SepConv
@@ -110,9 +113,11 @@ def export_nir(model: nn.Module, images: Tensor, folder: str | Path) -> NIRRepor
     the image, the same at every step, or the frame of that step. Parts are numbered in order of execution and named by
     their first layer; a later one reads outputs of earlier ones, or what layers left out make of those. A part without
     a neuron is left out as well. `model` stays as it is; numbers keep its precision.
-    Raises ValueError if `folder` is not empty, no neuron of the model can be expressed, or what it computes depends on
-    numbers read off a tensor; ImportError without nir. Nothing is written then.
+    Raises ValueError if `folder` is not empty, no neuron of the model can be expressed, what it computes depends on
+    numbers read off a tensor, or it has two stages (of which `first_stage` can go); ImportError without nir. Nothing is
+    written then.
     """
+    refuse_two_stages(model)
     _require_nir()
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -227,12 +232,12 @@ def _described(
         for each in step.operands:
             if files.get(step, step) != files.get(each, each):
                 readers.setdefault(each, []).append(files.get(step) or f"{step.what} in {step.module or 'the model'}")
-    total, graphs, described = sum(macs.values()), [], []
+    total, graphs, described, written = sum(macs.values()), [], [], _shares_of_modules(steps)
     for part in parts:
         outside = [each for step in part for each in step.operands if each not in set(part)]
         outputs = [step for step in part if step in readers]
         graph = _graph(part, outputs=set(outputs), metadata={"steps": count, "dt": 1.0})
-        own = sum(macs.get(module, 0) for module in {step.module for step in part if step.piece})
+        own = sum(macs.get(step.module, 0) * written[step] for step in part if step.piece)
         graphs.append(graph)
         described.append(
             NIRPart(
@@ -244,10 +249,19 @@ def _described(
                 share=own / total,
             )
         )
-    written = {step.module for step in files if step.piece}
-    rest = {name: each for name, each in macs.items() if name not in written}
+    gone = {step.module for step in files if step.piece}
+    rest = {name: each for name, each in macs.items() if name not in gone}
     left_out = tuple(_left_out([step for step in steps if step not in files], rest, total))
     return graphs, NIRReport(count, tuple(described), left_out)
+
+
+def _shares_of_modules(steps: list[Step]) -> dict[Step, float]:
+    """The part that each step has in what its module computes: one that runs on several maps has several steps."""
+    sizes = {step: math.prod(step.shape) for step in steps if step.piece}
+    whole = Counter()
+    for step, size in sizes.items():
+        whole[step.module] += size
+    return {step: size / whole[step.module] for step, size in sizes.items()}
 
 
 def _origin(step: Step, files: dict[Step, str]) -> str:

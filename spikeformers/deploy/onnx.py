@@ -24,6 +24,7 @@ from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.fuse import plain_copy
 from spikeformers.deploy.outputs import named_outputs
 from spikeformers.deploy.runtime import IntegerModel
+from spikeformers.deploy.stages import refuse_two_stages
 from spikeformers.layers import Pretrained
 from spikeformers.layers.pretrained import write_files
 from spikeformers.layers.version import __version__
@@ -40,8 +41,9 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, form: str
     input is called "images" or "clips", the output "logits", or as the fields of the tuple are called that the model
     gives ("class_logits" and "mask_logits" of Spike2Former); metadata tell name, steps and version.
     Floats are as wide as the model's parameters; onnxruntime has no float64 convolution, onnx's own reference has.
-    Raises ValueError for a form that the model has not, a model that gives no tensors or fixes the batch, ImportError
-    without the extra "onnx", and OSError if the disk is full; an earlier file is then left as it was.
+    Raises ValueError for a form that the model has not, a model that gives no tensors, fixes the batch, or has two
+    stages (of which `first_stage` can go), ImportError without the extra "onnx", and OSError if the disk is full; an
+    earlier file is then left as it was.
     """
     graph = onnx_graph(model, images, form=form)
     path = Path(path)
@@ -55,6 +57,7 @@ def onnx_graph(model: nn.Module, images: Tensor, *, form: str | None = None, lis
 
     `listen`: the counts of an engine's neurons are outputs too, uint8 [T*B, ...], called as the neurons are.
     """
+    refuse_two_stages(model)
     try:
         import onnx
         import onnxscript  # noqa: F401 - torch's exporter needs it

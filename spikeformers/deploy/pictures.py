@@ -1,6 +1,6 @@
-"""How a picture becomes a network's input, as a file tells it: the middle of it, a square, or the whole of it, framed.
+"""How a picture becomes a network's input, as a file tells it: a square of its middle, or the whole, framed or padded.
 
-Both are data that somebody else may have written, so that every value is of its type and in bounds, or refused.
+All are data that somebody else may have written, so that every value is of its type and in bounds, or refused.
 """
 
 import math
@@ -9,13 +9,14 @@ from typing import Any
 
 LONGEST_SIDE = 2048  # pixels of a square before the crop
 LONGEST_FRAME = 4096  # pixels of a whole picture, or of a window
+LONGEST_PADDING = 256  # pixels that sides are made a multiple of
 USUAL_SIDE = 1024  # pixels of a picture that keeps its size, where its windows are counted
 MOST_WINDOWS = 4096  # over a picture: each is a run of the network
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normalised:
-    """What both have: pixels in 0..1 less `mean`, over `std`, of each channel.
+    """What all have: pixels in 0..1 less `mean`, over `std`, of each channel.
 
     `channels`: 1 grey or 3 RGB. `interpolation`: bicubic, bilinear. Raises ValueError for values that cannot be.
     """
@@ -118,7 +119,47 @@ class Framing(Normalised):
         return self.window or self.fixed or None
 
 
-def told_by(stored: dict[str, Any]) -> Preprocessing | Framing:
-    """What the plain values of a header tell; raises ValueError or TypeError if that is neither."""
-    kind = Preprocessing if "size" in stored else Framing
+@dataclass(frozen=True, kw_only=True)
+class Letterbox(Normalised):
+    """Of networks that find boxes: whole pictures, as large as fit into `window` = (height, width) in their ratio.
+
+    They lie at the top left. `turning` False: all are padded to the window; True: it turns where a picture stands, and
+    none is padded for it. Then both sides are padded to a multiple of `padded_to`; padding is 0, the mean colour.
+    Raises ValueError for values that cannot be.
+    """
+
+    window: tuple[int, ...]
+    turning: bool = False
+    padded_to: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sides = isinstance(self.window, tuple) and all(type(e) is int and 1 <= e <= LONGEST_FRAME for e in self.window)
+        if not (sides and len(self.window) == 2):
+            raise ValueError(f"window must be a height and a width, 1 to {LONGEST_FRAME}, got {self.window!r}")
+        if type(self.turning) is not bool:
+            raise ValueError(f"turning must be True or False, got {self.turning!r}")
+        if type(self.padded_to) is not int or not 1 <= self.padded_to <= LONGEST_PADDING:
+            raise ValueError(f"padded_to must be 1 to {LONGEST_PADDING} pixels, got {self.padded_to!r}")
+
+    @property
+    def seen(self) -> tuple[int, int] | None:
+        """Height and width of what the network is given; None if that depends on the picture."""
+        return None if self.turning else self.padded(*self.window)
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """What the network is given of a picture that has been made this large."""
+        least = (1, 1) if self.turning else self.window
+        return tuple(
+            -(-max(side, room) // self.padded_to) * self.padded_to
+            for side, room in zip((height, width), least, strict=True)
+        )
+
+
+Pictures = Preprocessing | Framing | Letterbox
+
+
+def told_by(stored: dict[str, Any]) -> Pictures:
+    """What the plain values of a header tell; raises ValueError or TypeError if that is none of them."""
+    kind = Preprocessing if "size" in stored else Letterbox if "turning" in stored else Framing
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

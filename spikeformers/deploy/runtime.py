@@ -32,6 +32,7 @@ from spikeformers.deploy.floats import FloatConv, FloatLinear, PerImage
 from spikeformers.deploy.form import Factors, folded, packed, unscale
 from spikeformers.deploy.geometry import Geometry
 from spikeformers.deploy.joint import JointAttention, joined
+from spikeformers.deploy.outputs import of_images
 from spikeformers.deploy.rounding import Rounding
 from spikeformers.deploy.wiring import OTHER, Wiring, is_layer, probe
 from spikeformers.energy.marks import Mark
@@ -121,8 +122,9 @@ class IntegerModel(nn.Module):
     def compare(self, model: nn.Module, images: Tensor | Iterable) -> Agreement:
         """Run `model`, the network this engine came from, and the engine on the same images.
 
-        `images`: one batch, or a loader of batches (a batch may be (images, labels)). Model, engine and images may lie
-        on different devices. The model runs in its own precision: `.double()` it to know what is due to rounding.
+        `images`: one batch, or a loader of batches (a batch may be (images, labels)). Detections may lie in the padding
+        of a batch, whose pictures' sizes are not known here. Model, engine and images may lie on different devices. The
+        model runs in its own precision: `.double()` it to know what is due to rounding.
         Raises ValueError if `model` is in train mode or there is no image.
         """
         return compare(self, model, images)
@@ -281,8 +283,11 @@ def _one_image(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _check_same(found: Any, wanted: Any) -> None:
-    """Raises ValueError if folding norms changed what the network computes."""
-    for got, due in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+    """Raises ValueError if folding norms changed what the network computes of whole images.
+
+    The order of regions, and so all of a second stage, hangs on the last bits of scores that are equal.
+    """
+    for got, due in zip(tree_leaves(of_images(found)), tree_leaves(of_images(wanted)), strict=True):
         if isinstance(due, Tensor) and not torch.allclose(got, due, rtol=1e-6, atol=1e-9 * float(due.abs().max() + 1)):
             raise ValueError(
                 f"folding batch norms changed what the network gives by {float((got - due).abs().max()):.2g}: does a "
@@ -292,11 +297,11 @@ def _check_same(found: Any, wanted: Any) -> None:
 
 
 def _spike_fed(modules: dict[str, nn.Module], wiring: Wiring) -> dict[str, Mark]:
-    """Convolutions and linear layers that read spikes, each once, with what one is worth and how many there can be."""
+    """Convolutions and linear layers that read spikes, with what one is worth and how many there can be."""
     fed = {}
     for name, mark in wiring.fed.items():
         module = modules[name]
-        if isinstance(module, Neuron) or wiring.calls[name] > 1 or mark.most > LARGEST_COUNT:
+        if isinstance(module, Neuron) or mark.most > LARGEST_COUNT:
             continue
         if isinstance(module, nn.Linear) or pads_with_zeros(module):
             fed[name] = mark
@@ -317,9 +322,9 @@ class Firing:
 
 
 def _fusible(modules: dict[str, nn.Module], wiring: Wiring, fed: dict[str, Mark]) -> dict[str, Firing]:
-    """Spike-fed layers whose output one neuron, and nothing else, reads."""
+    """Spike-fed layers that run once and whose output one neuron, and nothing else, reads."""
     fused = {}
-    for name in fed:
+    for name in (each for each in fed if wiring.calls[each] == 1):
         reader, norm = _only_reader(wiring, name), None
         if isinstance(modules.get(reader), FixedPointNorm):
             reader, norm = _only_reader(wiring, reader), reader

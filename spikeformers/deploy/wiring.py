@@ -24,7 +24,7 @@ METADATA = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 @dataclass
 class Wiring:
     """Module names of one forward pass: `fed[layer]` is the unit and the most spikes of an element of what it read, if
-    that is spikes; `readers[module]` read what it wrote."""
+    that is spikes, and alike in all of its `calls`; `readers[module]` read what it wrote."""
 
     fed: dict[str, Mark] = field(default_factory=dict)
     readers: dict[str, list[str]] = field(default_factory=dict)
@@ -56,8 +56,10 @@ class _Watch(TorchFunctionMode):
     def enter(self, name: str, args: tuple, kwargs: dict) -> None:
         self.read((args, kwargs), name)
         mark = self.marks.of(args[0]) if args else None
-        if mark is not None:
+        if mark is not None and name not in self.wiring.calls:
             self.wiring.fed[name] = mark
+        elif self.wiring.fed.get(name) != mark:
+            self.wiring.fed.pop(name, None)
         self.inside += 1
         self.wiring.calls[name] = self.wiring.calls.get(name, 0) + 1
 

@@ -5,7 +5,10 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchvision.ops import box_area, clip_boxes_to_image
+from torchvision.ops import box_area, box_iou, clip_boxes_to_image
+
+CERTAIN = 0.3  # score from which on detections are shown and compared
+SAME_BOX = 0.5  # IoU from which on two boxes count as one, as in AP50
 
 
 class Detections(NamedTuple):
@@ -19,6 +22,23 @@ class Detections(NamedTuple):
     scores: Float[Tensor, " N"]
     labels: Int64[Tensor, " N"]
     masks: Float[Tensor, "N H W"] | None = None
+
+
+def certain(found: Detections, *, threshold: float = CERTAIN) -> Detections:
+    """The detections with a score of at least `threshold`."""
+    kept = found.scores >= threshold
+    return Detections(*(None if part is None else part[kept] for part in found))
+
+
+def matched(found: Detections, other: Detections) -> int:
+    """How many detections have one of the same class and SAME_BOX in `other`, each taken once."""
+    fits = (box_iou(found.boxes, other.boxes.to(found.boxes)) >= SAME_BOX) & (found.labels[:, None] == other.labels)
+    count = 0
+    for row in fits:  # the most certain first
+        if row.any():
+            fits[:, int(row.float().argmax())] = False
+            count += 1
+    return count
 
 
 class Target(TypedDict):

@@ -61,6 +61,8 @@ class MaskRCNN(nn.Module):
     for deployment, where networks run elsewhere (`boxes` and `masks` are networks of pooled regions).
     """
 
+    second_stage: ClassVar[tuple[str, ...]] = ("boxes", "masks")
+
     def __init__(
         self,
         neck: FeaturePyramid,
@@ -183,6 +185,11 @@ class DenseStage(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+    @property
+    def steps(self) -> int:
+        """Time steps T that it runs."""
+        return self.backbone.steps
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Dense:
         return self.head.dense(self.backbone.forward_features(images))

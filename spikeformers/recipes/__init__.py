@@ -7,6 +7,7 @@ from functools import partial
 from spikeformers.recipes import (
     bccd,
     camvid,
+    events,
     meta_spikeformer,
     pennfudan,
     qsd_transformer,
@@ -19,6 +20,8 @@ from spikeformers.train.recipe import Recipe
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": quick.digits,
     "cifar10_small": quick.cifar10_small,
+    "digits_dvs": events.digits_dvs,
+    "nmnist_small": events.nmnist_small,
     "digits_mae": quick.digits_mae,
     "digits_finetune": quick.digits_finetune,
     "spikformer_cifar10_small": spikformer.cifar10_small,
@@ -38,6 +41,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "spike2former_cityscapes": spike2former.cityscapes,
     "spike2former_voc": spike2former.voc,
     "spike2former_voc_aug": spike2former.voc_aug,
+    "spikformer_dvs_2_256_cifar10_dvs": spikformer.cifar10_dvs,
+    "spikformer_dvs_2_256_dvs128_gesture": spikformer.dvs128_gesture,
+    "meta_spikeformer_15m_har_dvs": meta_spikeformer.har_dvs,
     "meta_spikeformer_15m_imagenet": meta_spikeformer.imagenet_15m,
     "meta_spikeformer_31m_imagenet": meta_spikeformer.imagenet_31m,
     "meta_spikeformer_55m_imagenet": meta_spikeformer.imagenet_55m,
@@ -49,6 +55,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "meta_spikeformer_55m_imagenet_t4_distilled": meta_spikeformer.imagenet_55m_t4_distilled,
 }
 for _size in ("t", "m", "l"):
+    RECIPES[f"qsd_transformer_{_size}_cifar10_dvs"] = partial(qsd_transformer.cifar10_dvs, _size)
     RECIPES[f"qsd_transformer_{_size}_imagenet"] = partial(qsd_transformer.imagenet, _size)
     RECIPES[f"qsd_transformer_{_size}_imagenet_ann"] = partial(qsd_transformer.imagenet_ann, _size)
     for _classes in (10, 100):

@@ -1,7 +1,7 @@
 """BCCD: blood cells of three classes in 205 pictures to train on, 72 to test; small enough for two CPU cores.
 
-No paper of this library trains on it. The folder is data.root, else $SPIKEFORMERS_DATA/bccd: COCO's json and pictures,
-as they are or zipped.
+No paper of this library trains on it. Ours: benchmarks/results/bccd_yolo_small_epyc-2cores_202611.json, 8 minutes on
+one core. The folder is data.root, else $SPIKEFORMERS_DATA/bccd: COCO's json and pictures, as they are or zipped.
 """
 
 import os
@@ -25,7 +25,7 @@ ANCHORS = (  # k-means over the training boxes at 240 x 320: heads.fit_anchors
 
 
 def yolo_small() -> Recipe:
-    """YOLO of integer neurons on one thread.
+    """YOLO of integer neurons on one thread: 0.85 M parameters, test AP50 85.8 % (seed 0).
 
     spikeformers train bccd_yolo_small
     """

@@ -1,7 +1,8 @@
 """Penn-Fudan: people in streets, with masks, in 120 pictures to train on, 50 to test; small enough for two CPU cores.
 
-No paper of this library trains on it. The folder is data.root, else $SPIKEFORMERS_DATA/pennfudan: COCO's json and
-pictures, as they are or zipped.
+No paper of this library trains on it. Ours: benchmarks/results/pennfudan_mask_rcnn_small_epyc-2cores_202611.json, 13
+minutes on one core. The folder is data.root, else $SPIKEFORMERS_DATA/pennfudan: COCO's json and pictures, as they are
+or zipped.
 """
 
 import os
@@ -20,7 +21,7 @@ def pennfudan_root() -> str:
 
 
 def mask_rcnn_small() -> Recipe:
-    """Mask R-CNN of integer neurons on one thread.
+    """Mask R-CNN of integer neurons on one thread: 0.88 M parameters, test AP50 91.3 %, of masks 86.5 % (seed 0).
 
     spikeformers train pennfudan_mask_rcnn_small
     """
@@ -51,6 +52,7 @@ def mask_rcnn_small() -> Recipe:
             blocks=cells.model.blocks,
             options=backbone | head,
         ),
+        optim=replace(cells.optim, lr=1e-3, warmup_epochs=4.0),  # at BCCD's 2e-3 gradients grow to 1e3, and it stalls
         epochs=80,
         batch_size=4,
     )

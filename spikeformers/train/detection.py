@@ -12,19 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.ops import box_iou
 
 from spikeformers.data.detection import DetectionSplit
 from spikeformers.deploy import integer
-from spikeformers.heads.detections import Detections, Target
+from spikeformers.heads.detections import Target, certain, matched
 from spikeformers.train.checkpoint import write_json
 from spikeformers.train.detection_evaluate import DetectionResult, constant_boxes, evaluate_detection
-from spikeformers.train.detection_pictures import SAMPLES, certain, draw_samples
+from spikeformers.train.detection_pictures import SAMPLES, draw_samples
 from spikeformers.train.evaluate import batches_of, drawn, energy_and_firing
 from spikeformers.train.recipe import Recipe, refuse_others, to_json
 from spikeformers.train.summary import DetectionSummary, circumstances, weights_of
-
-SAME_BOX = 0.9  # IoU of two boxes that count as one
 
 
 class ObjectDetection:
@@ -130,14 +127,3 @@ def box_agreement(model: nn.Module, engine: nn.Module, split: DetectionSplit, *,
         same += shared
         total += len(own.labels) + len(other.labels) - shared
     return {"same": same, "total": total, "images": len(drawn(len(split), images))}
-
-
-def matched(found: Detections, other: Detections) -> int:
-    """How many detections have one of the same class and SAME_BOX in `other`, each taken once."""
-    fits = (box_iou(found.boxes, other.boxes) >= SAME_BOX) & (found.labels[:, None] == other.labels)
-    count = 0
-    for row in fits:  # the most certain first
-        if row.any():
-            fits[:, int(row.float().argmax())] = False
-            count += 1
-    return count

@@ -5,7 +5,7 @@ the classes that the split holds; AP50 and AP75 are at one threshold (Lin et al.
 100 detections of a class count in a picture.  All of it is computed by faster-coco-eval.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,13 +123,19 @@ def in_file(found: Detections, *, size: Tensor, original: Tensor) -> Detections:
 
 @torch.no_grad()
 def evaluate_detection(
-    model: nn.Module, loader: Iterable, *, num_classes: int, accelerator: Accelerator | None = None
+    model: nn.Module,
+    loader: Iterable,
+    *,
+    num_classes: int,
+    accelerator: Accelerator | None = None,
+    run: Callable | None = None,
 ) -> DetectionResult:
     """Test `model` on batches of a test split (images [B,C,H,W], targets) of `num_classes`, in its own precision,
     without autocast.
 
     `model(images)` is given to `model.detect(output, sizes)`; masks count if the network gives some and the split reads
-    them.  With an `accelerator` and a loader that it prepared, every process tests its share and gets the whole result.
+    them.  `run`: what computes the output instead of the model itself, such as its integer engine.
+    With an `accelerator` and a loader that it prepared, every process tests its share and gets the whole result.
     Leaves the model in the mode it was in.  Raises ValueError for images, outputs, boxes or scores that are not finite,
     and for a split without objects.
     """
@@ -139,7 +145,7 @@ def evaluate_detection(
         for images, targets in loader:
             images = images.to(first.device, first.dtype)
             sizes = torch.stack([target["size"] for target in targets]).to(first.device)
-            output = model(images)
+            output = (run or model)(images)
             finite = _finite(*(each for each in tree_leaves(output) if isinstance(each, Tensor)))
             detections = model.detect(output, sizes)
             found += [_found(*each, finite=finite) for each in zip(images, targets, detections, strict=True)]

@@ -12,23 +12,16 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 from spikeformers.data.augment import to_pil
 from spikeformers.data.detection import DetectionSplit
-from spikeformers.heads.detections import Detections
+from spikeformers.heads.detections import Detections, certain
 from spikeformers.train.detection_evaluate import in_file
 from spikeformers.train.evaluate import drawn
-from spikeformers.train.segmentation_pictures import page_wide, save_picture
+from spikeformers.train.segmentation_pictures import PAGE, enlarged, page_wide, save_picture
 
 SAMPLES = "detections.png"  # in a run's folder
-CERTAIN = 0.3  # score from which on detections are shown
 _SHOWN = 6  # test pictures
 _OPACITY = 0.45
 _LINE = 200  # a box's line is this part of the picture's shorter side
 _TEXT = 32  # its label's letters are this part
-
-
-def certain(found: Detections, *, threshold: float = CERTAIN) -> Detections:
-    """The detections with a score of at least `threshold`."""
-    kept = found.scores >= threshold
-    return Detections(*(None if part is None else part[kept] for part in found))
 
 
 def marked(
@@ -37,20 +30,22 @@ def marked(
     """A picture uint8 [C,H,W] under what was found in it, in its own pixels; uint8 [3,H,W].
 
     Masks are bool [N,H,W], colours uint8 [classes, 3].  `scores`: write them behind the names.
+    Pictures narrower than a page are enlarged by a whole factor, so that labels leave something to be seen.
     """
-    page = picture.expand(3, -1, -1).contiguous()
+    factor = -(-PAGE // picture.shape[2])
+    page = enlarged(picture.expand(3, -1, -1), factor)
     if not len(found.labels):
         return page
     hues = [tuple(colours[label].tolist()) for label in found.labels.tolist()]
     if found.masks is not None:
-        page = draw_segmentation_masks(page, found.masks, alpha=_OPACITY, colors=hues)
+        page = draw_segmentation_masks(page, enlarged(found.masks, factor), alpha=_OPACITY, colors=hues)
     side = min(page.shape[1:])
     names = [classes[label] for label in found.labels.tolist()]
     if scores:
         names = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
     return draw_bounding_boxes(
         page,
-        found.boxes.round(),
+        (factor * found.boxes).round(),
         labels=names,
         colors=hues,
         width=max(2, side // _LINE),

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from spikeformers.data.augment import to_pil
 from spikeformers.data.detection import DetectionData, read_picture_to_detect
 from spikeformers.data.segmentation_sources import default_colours
-from spikeformers.heads.detections import Detections
+from spikeformers.deploy import Artifact, Letterbox
+from spikeformers.heads.detections import CERTAIN, Detections, certain
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.detection_evaluate import in_file
-from spikeformers.train.detection_pictures import CERTAIN, certain, marked
+from spikeformers.train.detection_pictures import marked
 from spikeformers.train.saved import run_of
 
 
@@ -29,16 +30,16 @@ class SeenPicture:
 
 @dataclass(frozen=True)
 class BoxPredictor:
-    """A detector, how it is given pictures, and its classes with colours uint8 [N,3]."""
+    """A detector, or a file of `export`; how it is given pictures, and its classes with colours uint8 [N,3]."""
 
-    model: nn.Module
-    spec: DetectionData
+    model: nn.Module | Artifact
+    letterbox: Letterbox
     classes: tuple[str, ...]
     colours: Tensor
 
     def read(self, path: Path) -> SeenPicture:
         """Raises ValueError naming the file."""
-        image, size, pixels = read_picture_to_detect(self.spec, path)
+        image, size, pixels = read_picture_to_detect(self.letterbox, path)
         return SeenPicture(pixels, image, torch.tensor(size))
 
     @torch.no_grad()
@@ -57,4 +58,17 @@ def box_predictor(model: nn.Module, spec: DetectionData, *, classes: tuple[str, 
     """Of a run or a saved model, `source`; the colours are those of its report."""
     run = run_of(Path(source))
     colours = read_json(run / "summary.json")["colours"] if run else default_colours(len(classes))
-    return BoxPredictor(model, spec, classes, torch.as_tensor(colours).byte())
+    return BoxPredictor(model, spec.letterbox, classes, torch.as_tensor(colours).byte())
+
+
+def file_box_predictor(file: Artifact, *, name: str) -> BoxPredictor:
+    """Of a file called `name`. Raises ValueError for one that does not say how to pad whole pictures."""
+    if not isinstance(file.preprocessing, Letterbox):
+        raise ValueError(
+            f"{name} finds boxes and does not say how to fit whole pictures: save it with "
+            "preprocessing=spikeformers.deploy.Letterbox(...), or run it by spikeformers.deploy.load in Python"
+        )
+    count = file.engine.config.num_classes
+    classes = file.labels or tuple(map(str, range(count)))
+    colours = default_colours(count) if file.colours is None else file.colours
+    return BoxPredictor(file, file.preprocessing, classes, torch.as_tensor(colours).byte())

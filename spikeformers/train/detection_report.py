@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from spikeformers.train.detection_pictures import CERTAIN, SAMPLES
+from spikeformers.heads.detections import CERTAIN
+from spikeformers.train.detection_pictures import SAMPLES
 from spikeformers.train.results import detections_agreeing, short
 
 CLASS_HEADING = "AP50 of each class"

@@ -79,8 +79,8 @@ def evaluate(model: nn.Module, loader: Iterable | Dataset, *, accelerator: Accel
         for number, (images, labels) in enumerate(loader):
             images, labels = images.to(first.device, first.dtype), labels.to(first.device)
             # Spikes hide what is not finite. As logits it reaches all processes, so that all stop and none waits.
-            whole = torch.isfinite(images).flatten(1).all(1)
-            logits = model(images).masked_fill(~whole[:, None], torch.nan)
+            whole = torch.isfinite(images).flatten(-3).all(-1)  # clips have frames: [T, B]
+            logits = model(images).masked_fill(~whole.view(-1, len(labels)).all(0)[:, None], torch.nan)
             if accelerator is not None:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             logits, labels = logits.cpu(), labels.cpu()

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_structure, tree_unflatten
 
 from spikeformers.deploy import ModelCard, integer
-from spikeformers.deploy.agreement import listening
-from spikeformers.deploy.counts import CountNeuron
+from spikeformers.deploy.agreement import listening, neurons_of_images
 from spikeformers.deploy.fuse import plain_copy
-from spikeformers.deploy.outputs import largest_difference, named_outputs, predictions
+from spikeformers.deploy.outputs import equal_predictions, largest_difference, named_outputs
 from spikeformers.quantize import FixedPointNorm, size
 from spikeformers.train.evaluate import drawn
 from spikeformers.train.exportable import Exportable, in_share
@@ -32,7 +31,7 @@ class Comparison:
 
     `inputs`: what the network was given of `images` (the same, but for windows). `equal_counts`: share of all counts
     that are those of the float64 network; `flipped`: inputs where any is not. `same`: inputs with the same predictions
-    as it; `share`: of all predictions. `before`, `after`: scores of network and engine, 0..1.
+    as it; `share`: of all `predictions`. `before`, `after`: scores of network and engine, 0..1.
     """
 
     images: int
@@ -41,6 +40,7 @@ class Comparison:
     flipped: int
     same: int
     share: float
+    predictions: int
     before: dict[str, float]
     after: dict[str, float]
 
@@ -49,8 +49,7 @@ class Comparison:
 def compared(subject: Exportable, engine: nn.Module, *, images: int) -> Comparison:
     """Run both on `images` test images, the same at every call."""
     found = engine.compare(copy.deepcopy(subject.model).double(), subject.inputs(images))
-    neurons = {name: each for name, each in engine.net.named_modules() if isinstance(each, CountNeuron)}
-    with listening(neurons) as counts:
+    with listening(neurons_of_images(engine, subject.model)) as counts:
         engine(subject.image())
     sizes = {name: each.numel() for name, each in counts.items()}
     flips = sum(found.flip_rates[name] * sizes[name] for name in sizes) / sum(sizes.values())
@@ -61,6 +60,7 @@ def compared(subject: Exportable, engine: nn.Module, *, images: int) -> Comparis
         flipped=len(found.flipped),
         same=found.same,
         share=found.equal,
+        predictions=found.predictions,
         before=subject.before(images),
         after=subject.after(engine, images),
     )
@@ -68,12 +68,13 @@ def compared(subject: Exportable, engine: nn.Module, *, images: int) -> Comparis
 
 def comparison_facts(subject: Exportable, found: Comparison) -> list[tuple[str, str]]:
     """The lines about what the engine keeps of the network."""
-    flipped = f"{found.flipped:,} of {found.inputs:,}; {subject.agreeing(found.same, found.share)}"
+    agreeing = subject.agreeing(found.same, found.share, predictions=found.predictions)
+    flipped = f"{found.flipped:,} of {found.inputs:,}; {agreeing}"
     rows = [
         ("Counts equal", f"{in_share(found.equal_counts)} of the float64 network's"),
         (f"{subject.unit.capitalize()} with a flip", flipped),
     ]
-    for field, name in subject.SCORES.items():
+    for field, name in ((field, name) for field, name in subject.SCORES.items() if field in found.before):
         scores = f"{100 * found.before[field]:.2f} % before, {100 * found.after[field]:.2f} % after"
         rows.append((name, f"{scores}, of {found.images:,} test images"))
     return rows
@@ -86,7 +87,7 @@ def check_one_size(subject: Exportable, *, images: int, what: str) -> None:
         least, most = (f"{height} x {width}" for height, width in (min(sizes), max(sizes)))
         raise ValueError(
             f"{what} takes {subject.unit} of one size, and the test images of {subject.run} give {len(sizes)}, from "
-            f"{least} to {most}: train with data.test_size, or take --to spk without --backend"
+            f"{least} to {most}: train with {subject.ONE_SIZE}, or take --to spk without --backend"
         )
 
 
@@ -157,19 +158,16 @@ def onnx_runner(file: Path, given: Any) -> Callable[[Tensor], Any]:
 
 def onnx_fact(subject: Exportable, engine: nn.Module, run: Callable[[Tensor], Any], *, images: int) -> tuple[str, str]:
     """The line about how far `run`, the engine in ONNX, gives what the engine gives."""
-    same, shares, largest = 0, [], 0.0
+    same = count = equal = predictions = 0
+    largest = 0.0
     for batch in subject.inputs(images):
         wanted, got = engine(batch), run(batch)
-        due, found = (predictions(subject.model, each, tuple(batch.shape[-2:])) for each in (wanted, got))
-        equal = (due == found).view(len(batch), -1)
-        same += int(equal.all(1).sum())
-        shares += equal.double().mean(1).tolist()
+        found = equal_predictions(subject.model, wanted, got, tuple(batch.shape[-2:]))
+        same, count = same + int(found.everywhere.sum()), count + len(found.everywhere)
+        equal, predictions = equal + int(found.equal.sum()), predictions + int(found.total.sum())
         largest = max(largest, largest_difference(wanted, got))
-    agreeing = subject.agreeing(same, statistics.fmean(shares))
-    return (
-        "In onnxruntime",
-        f"{len(shares):,} {subject.unit}: {agreeing} as in the engine, logits within {short(largest)}",
-    )
+    agreeing = subject.agreeing(same, equal / predictions if predictions else 1.0, predictions=predictions)
+    return "In onnxruntime", f"{count:,} {subject.unit}: {agreeing} as in the engine, logits within {short(largest)}"
 
 
 def card_of(subject: Exportable, comparison: Comparison, *, license_note: str) -> ModelCard:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spikeformers.attention import balance
 from spikeformers.data.augment import seed_of
+from spikeformers.data.event_clips import EventData
 from spikeformers.data.sampler import ResumableSampler
 from spikeformers.data.splits import load_split
 from spikeformers.energy.firing import neurons_of
@@ -97,8 +98,18 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
 
 
 def build_model(recipe: Recipe, *, num_classes: int, in_channels: int) -> nn.Module:
-    """The untrained network of a recipe, its weights drawn from the recipe's seed."""
+    """The untrained network of a recipe, its weights drawn from the recipe's seed.
+
+    Raises ValueError if clips have another number of steps than the recipe gives the network.
+    """
     sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    if isinstance(recipe.data, EventData):
+        if recipe.model.steps not in (1, recipe.data.steps):
+            raise ValueError(
+                f"model.steps={recipe.model.steps}, but clips have data.steps={recipe.data.steps}: leave model.steps "
+                "out, the network runs as many steps as a clip has"
+            )
+        sizes["steps"] = recipe.data.steps
     if recipe.distill.teacher:
         sizes["distillation"] = True
     _reseed(recipe.seed, "model")
@@ -226,7 +237,7 @@ class _Work:
         """
         collate = getattr(self.train_split, "collate", default_collate)
         images, _ = collate([self.train_split[0, index] for index in range(self.recipe.batch_size)])
-        images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout)
+        images = self._placed(images)
         skip = {name for name, parameter in self.plain.named_parameters() if parameter in trained}
         count, left = balance(self.plain.train(), images, skip=skip), sum(name.endswith(".scale") for name in skip)
         if not count and not left:
@@ -235,7 +246,13 @@ class _Work:
                 "attention=sdsa3_learned and, of Spike2Former, attention_scale=learnable"
             )
         kept = f"; {left} of init.backbone stay as trained" if left else ""
-        return f"init.balance: {count} attention scales start where {len(images)} training images drive one spike{kept}"
+        drawn = f"{self.recipe.batch_size} training images"
+        return f"init.balance: {count} attention scales start where {drawn} drive one spike{kept}"
+
+    def _placed(self, images: Tensor) -> Tensor:
+        """Images where the network is, in its precision and layout; clips [T, B, C, H, W] have no layout to choose."""
+        layout = self.layout if images.ndim == 4 else torch.contiguous_format
+        return images.to(self.accelerator.device, self.dtype, memory_format=layout, non_blocking=True)
 
     @property
     def tested(self) -> nn.Module:
@@ -356,7 +373,7 @@ class _Work:
         for part in range(recipe.accumulate):
             images, labels = next(batches)
             whole = whole and bool(torch.isfinite(images).all())
-            images = images.to(self.accelerator.device, self.dtype, memory_format=self.layout, non_blocking=True)
+            images = self._placed(images)
             labels = send_to_device(labels, self.accelerator.device, non_blocking=True)
             _reseed(recipe.seed, "batch", (done * recipe.accumulate + part) * world + self.accelerator.process_index)
             last = part == recipe.accumulate - 1

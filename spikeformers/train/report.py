@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
         finished=summary is not None,
         progress=progress_line(recipe, epochs, summary),
         tiles=headline(summary) if summary else [],
-        curves=curves(epochs, steps),
+        curves=curves(epochs, steps) + step_curves(summary),
         palette=PALETTE,
         confusion=confusion_table(segmentation_report.in_percent(summary) if summary and segments(recipe) else summary),
         pictures=pictures,
@@ -222,6 +222,17 @@ def curves(epochs: Sequence[dict], steps: Sequence[dict]) -> list[Curve]:
     if len(epochs) < 2:  # too early for epochs to say anything
         points = [(entry["step"], entry["loss"]) for entry in steps if finite(entry.get("loss"))]
         drawn.insert(0, draw("Loss by step", {"train": points}, "step"))
+    return [chart for chart in drawn if chart is not None]
+
+
+def step_curves(summary: dict | None) -> list[Curve]:
+    """Accuracy and firing of a network of clips, after each step of a stream; nothing for others."""
+    wanted = (("Accuracy by step, %", "accuracy", "all frames so far"), ("Firing by step, %", "firing_rate", "neurons"))
+    found = (summary or {}).get("by_step") or {}
+    drawn = [
+        draw(title, {name: [(step, 100 * value) for step, value in enumerate(found.get(key, []), start=1)]}, "step")
+        for title, key, name in wanted
+    ]
     return [chart for chart in drawn if chart is not None]
 
 

@@ -11,13 +11,13 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from spikeformers.data.augment import Normalise, to_pixels
 from spikeformers.data.decode import decode
-from spikeformers.data.detection import DetectionData
+from spikeformers.data.detection import DetectionData, read_picture_to_detect
 from spikeformers.data.images import ImageData, fit, statistics
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.segmentation_augment import Frame, resize_picture
 from spikeformers.data.segmentation_sources import default_colours, published_classes
 from spikeformers.data.splits import Data, kind_of
-from spikeformers.deploy import Framing, Preprocessing
+from spikeformers.deploy import Framing, Letterbox, Preprocessing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.segmentation_evaluate import Windows
@@ -137,11 +137,14 @@ def _normalising(spec: Data) -> dict[str, object]:
     return {"channels": spec.in_channels, "mean": mean, "std": std, "interpolation": spec.interpolation}
 
 
-def read_picture(path: Path, preprocessing: Preprocessing | Framing) -> Tensor:
+def read_picture(path: Path, preprocessing: Preprocessing | Framing | Letterbox) -> Tensor:
     """One picture file as the model of an artifact wants it, float32 [C,h,w]. Raises ValueError naming the file.
 
-    The same numbers as `read_image` or `read_picture_for` gives for the data that `preprocessing` was made of.
+    The same numbers as `read_image` or `read_picture_for` gives for the data that `preprocessing` was made of, and
+    those of `read_picture_to_detect`, which also tells where in there the picture lies.
     """
+    if isinstance(preprocessing, Letterbox):
+        return read_picture_to_detect(preprocessing, path)[0]
     picture = decode(path, name=str(path), channels=preprocessing.channels)
     pixels = _FITTED[type(preprocessing)](picture, preprocessing)
     return Normalise(preprocessing.mean, preprocessing.std)(pixels)

@@ -24,7 +24,7 @@ from spikeformers.train.segmentation_evaluate import Windows, scores_of
 
 SAMPLES, QUERIES, SAMPLING = "segmentation.png", "queries.png", "sampling.png"  # in a run's folder
 _SHOWN = 4  # test pictures
-_WIDTH = 320  # pixels of a shown picture
+PAGE = 320  # pixels of a shown picture
 _AVERAGED = 64  # test pictures behind the mean masks
 _QUERY_SIDE = 64  # pixels of a mean mask
 _OPACITY = 0.5
@@ -50,13 +50,17 @@ def shares_of(labels: Tensor) -> list[tuple[int, float]]:
     return [(int(found[i]), int(counts[i]) / labels.numel()) for i in order]
 
 
+def enlarged(pixels: Tensor, factor: int) -> Tensor:
+    """[C,H,W] with every pixel `factor` times in either direction."""
+    return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
 def with_legend(picture: Tensor, entries: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """A picture uint8 [3,H,W] above a strip that names what its colours are, in letters that suit its width.
 
     Pictures narrower than a page are enlarged by a whole factor.
     """
-    factor = -(-_WIDTH // picture.shape[2])
-    picture = picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    picture = enlarged(picture, -(-PAGE // picture.shape[2]))
     height, width = picture.shape[1:]
     line, column, letter, gap = _scaled(_LINE, _COLUMN, _LETTER, 4, width=width)
     columns = width // column
@@ -114,7 +118,7 @@ def draw_samples(model: nn.Module, split: SegmentationSplit, path: Path, *, wind
     save_picture(with_titles(with_legend(grid, entries), _TITLES), path)
 
 
-def page_wide(picture: Tensor, *, width: int = _WIDTH) -> Tensor:
+def page_wide(picture: Tensor, *, width: int = PAGE) -> Tensor:
     """uint8 [3,H,W] at the `width` of a page, its ratio kept; small pictures are enlarged without smoothing."""
     height = max(1, round(picture.shape[1] * width / picture.shape[2]))
     mode = {"mode": "nearest"} if picture.shape[2] < width else {"mode": "bilinear", "antialias": True}
@@ -167,7 +171,7 @@ def draw_sampling(model: nn.Module, split: SegmentationSplit, path: Path) -> boo
     points = attentions[-1].sampling_points(inputs[0])[0]
     height, width = cells = tuple(points.shape[-2:])
     chosen = points[..., height // 2, width // 2].flatten(0, 1)
-    picture = page_wide(split.picture(index).expand(3, -1, -1), width=2 * _WIDTH)
+    picture = page_wide(split.picture(index).expand(3, -1, -1), width=2 * PAGE)
     seen = tuple(image.shape[-2:])
     stride = next(each for each in model.feature_info.strides if (-(-seen[0] // each), -(-seen[1] // each)) == cells)
     place = partial(placed, stride=stride, seen=seen, page=tuple(picture.shape[-2:]))

@@ -18,11 +18,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from spikeformers.data.detection import DetectionData
+from spikeformers.data.event_clips import EventData
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.splits import KINDS
 from spikeformers.quantize import size
 from spikeformers.train.checkpoint import read_json, write_json
-from spikeformers.train.evaluate import Evaluation, summarise
+from spikeformers.train.clips import step_by_step
+from spikeformers.train.evaluate import Evaluation, batches_of, summarise
 from spikeformers.train.recipe import Recipe, to_json
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class Summary(FinishedTask):
     confusion: list[list[int]]  # [true][predicted]
     predictions: list[int]  # over the test split, in order
     distillation: dict[str, float] | None = None  # of q, k, v: accuracy of the teacher, distill.Cost of a step
+    by_step: dict[str, list[float]] | None = None  # of clips: clips.StepByStep over the whole test split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +171,7 @@ def finish(
         predictions=evaluation.predictions,
         classes=[str(each) for each in split.classes],
         distillation=_measured(distillation),
+        by_step=_streamed(model, recipe, split),
         **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
     )
@@ -180,6 +184,13 @@ def _measured(distillation: Callable[[], dict[str, float]] | None) -> dict[str, 
     except torch.OutOfMemoryError:
         logger.warning("not enough memory to measure what the distillation costs")
         return None
+
+
+def _streamed(model: nn.Module, recipe: Recipe, split: Dataset) -> dict[str, list[float]] | None:
+    """How accuracy and firing grow over the steps of clips; None for pictures."""
+    if not isinstance(recipe.data, EventData):
+        return None
+    return dataclasses.asdict(step_by_step(model, batches_of(split, batch_size=recipe.batch_size)))
 
 
 def weights_of(model: nn.Module) -> dict[str, object]:

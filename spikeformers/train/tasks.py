@@ -23,8 +23,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spikeformers.data.augment import mixing
+from spikeformers.data.augment import mixed, mixing
 from spikeformers.data.detection import DetectionData
+from spikeformers.data.event_clips import EventData
 from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.splits import Split
 from spikeformers.distill import FineGrainedDistillation, cost
@@ -178,7 +179,7 @@ class Classification:
         """Scalar loss of images [B,C,H,W] with labels [B] in the given `epoch` (from 0); calls `model` once."""
         target = labels
         if self.mixer is not None and not 0 < self.mixing_epochs <= epoch:
-            images, target = self.mixer(images, labels)
+            images, target = mixed(self.mixer, images, labels)
         with self.fine_grained.watch() if self.fine_grained else contextlib.nullcontext():
             outputs = model(images)
         loss = self._label_loss(images, outputs, target)
@@ -212,7 +213,8 @@ def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
         return MaskedModelling(recipe)
     sizes = {"num_classes": len(split.classes), "in_channels": split.in_channels}
     # Smoothing is left to the loss: it then acts alike on mixed and plain targets.
-    mixer = mixing(recipe.data.augment, num_classes=sizes["num_classes"])
+    share = recipe.data.augment.mixing_share if isinstance(recipe.data, EventData) else 1.0
+    mixer = mixing(recipe.data.augment, num_classes=sizes["num_classes"], share=share)
     if mixer is not None and recipe.batch_size % 2:
         raise ValueError(f"mixup and cutmix pair images: batch_size must be even, got {recipe.batch_size}")
     teacher = fgd_teacher = None

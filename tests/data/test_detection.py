@@ -133,14 +133,14 @@ def test_only_letterboxed_items_are_uniform(coco_folder):
 def test_a_picture_is_read_alone_as_in_the_split(coco_folder):
     spec = spec_of(coco_folder, size=(20, 40))
     split = load_detection_split(spec, "test")
-    image, size, pixels = read_picture_to_detect(spec, split.names[0])
+    image, size, pixels = read_picture_to_detect(spec.letterbox, split.names[0])
     assert torch.equal(image, collate_detections([split[0]])[0][0])
     assert list(size) == split[0][1]["size"].tolist()
     assert torch.equal(pixels, split.picture(0))
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    whole, *_ = read_picture_to_detect(spec_of(coco_folder, size=(24, 32)), split.names[0])
+    whole, *_ = read_picture_to_detect(spec_of(coco_folder, size=(24, 32)).letterbox, split.names[0])
     assert torch.allclose(whole[:, :24] * std + mean, split.picture(0) / 255, atol=1e-6)  # float32
-    assert read_picture_to_detect(spec_of(coco_folder, in_channels=1), split.names[0])[0].shape == (1, 32, 32)
+    assert read_picture_to_detect(spec_of(coco_folder, in_channels=1).letterbox, split.names[0])[0].shape == (1, 32, 32)
 
 
 def test_empty_pictures_are_kept_unless_they_are_to_be_skipped_in_training(coco_folder, draw_coco):

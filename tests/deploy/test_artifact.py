@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spikeformers import create_model, set_steps
-from spikeformers.deploy import Framing, ModelCard, Preprocessing, container, integer, load, save
+from spikeformers.deploy import Framing, Letterbox, ModelCard, Preprocessing, container, integer, load, save
 from spikeformers.neurons import ILIF
 from spikeformers.quantize import prepare
 from spikeformers.quantize.exact import FixedPointDoor
@@ -24,6 +24,7 @@ PYRAMID = {"dims": (8, 8, 8, 8), "blocks": (1, 0, 1, 1, 0), "heads": 2} | SIZES
 SPIKFORMER = {"dim": 32, "depth": 1, "heads": 2} | SIZES
 GREY = Preprocessing(size=32, crop=0.875, channels=1, mean=(0.3,), std=(0.4,))
 WINDOWS = Framing(short_side=48, window=(32, 40), stride=(16, 40), channels=1, mean=(0.3,), std=(0.4,))
+LETTERBOX = Letterbox(window=(48, 60), channels=1, mean=(0.3,), std=(0.4,))
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
 LABELS = ("nul", "één", "two", "3", "🐛")
 CARD = ModelCard("tiny", accuracy=0.9, images=24, data="digits", energy_mj=0.001, license="CC0")
@@ -122,7 +123,8 @@ def test_so_do_framing_and_colours_where_classes_are_of_pixels(segmenter, tmp_pa
 def test_files_from_before_these_existed_still_load(good, tmp_path):
     def change(header: dict) -> None:
         assert "colours" not in header  # nor is it written where it is not known
-        del header["card"]["miou"]
+        for name in ("miou", "map", "ap50", "mask_map"):
+            del header["card"][name]
 
     (tmp_path / "model.spk").write_bytes(forged(good, change))
     loaded = load(tmp_path / "model.spk")
@@ -178,6 +180,9 @@ def test_what_cannot_be_loaded_as_it_is_cannot_be_saved(engine, tmp_path):
         ({"accuracy": 90}, "card.accuracy must be a number from 0 to 1"),
         ({"accuracy": True}, "card.accuracy"),
         ({"miou": 1.01}, "card.miou must be a number from 0 to 1"),
+        ({"map": 1.01}, "card.map must be a number from 0 to 1"),
+        ({"ap50": -0.1}, "card.ap50 must be a number from 0 to 1"),
+        ({"mask_map": "1"}, "card.mask_map must be a number from 0 to 1"),
         ({"energy_mj": -1.0}, "card.energy_mj"),
         ({"ann_energy_mj": float("inf")}, "card.ann_energy_mj"),
         ({"images": 0}, "card.images"),
@@ -312,6 +317,9 @@ FORGERIES = {
     "channels": (put("preprocessing", value=dataclasses.asdict(GREY) | {"channels": 3}), "mean must be"),
     "framing": (put("preprocessing", value=dataclasses.asdict(WINDOWS) | {"short_side": 10**6}), "got 1000000"),
     "framing adds": (put("preprocessing", value=dataclasses.asdict(WINDOWS) | {"path": "x"}), "path"),
+    "letterbox": (put("preprocessing", value=dataclasses.asdict(LETTERBOX) | {"window": [10**6, 1]}), "window must"),
+    "letterbox adds": (put("preprocessing", value=dataclasses.asdict(LETTERBOX) | {"path": "x"}), "path"),
+    "padding of letterbox": (put("preprocessing", value=dataclasses.asdict(LETTERBOX) | {"padded_to": 2**40}), "got"),
     "framing of 3 channels": (
         put("preprocessing", value=dataclasses.asdict(WINDOWS) | {"channels": 3, "mean": [0] * 3, "std": [1] * 3}),
         "pictures of 3 channels for a network of 1",

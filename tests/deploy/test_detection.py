@@ -1,15 +1,20 @@
 """Networks that detect, in every form in which they leave training: unrolled, audited, as engines and as files."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import spikeformers as sf
-from spikeformers.deploy import audit, fuse, integer, unroll
-from spikeformers.deploy.outputs import named_outputs
+from spikeformers.deploy import Letterbox, ModelCard, audit, fuse, integer, unroll
+from spikeformers.deploy.artifact import MOST
+from spikeformers.deploy.outputs import equal_predictions, named_outputs
 from spikeformers.deploy.unroll import summed
 from spikeformers.heads import DenseStage, Detections, GridOutput
+from spikeformers.neurons import Neuron
 
 FLOAT64 = 1e-10  # sums in another order; boxes are up to 64
 FLOAT32 = 1e-4
@@ -92,6 +97,94 @@ def test_the_fast_path_is_the_readable_one_for_every_batch_and_size(detector, pi
     assert difference(fast(torch.ones(1, 3, 96, 64)), integer(model, images[:1])(torch.ones(1, 3, 96, 64))) == 0
 
 
+@pytest.mark.parametrize(("kind", "neuron", "steps"), [("mask_rcnn", "lif", 2), ("qsd_mask_rcnn", "ie_lif", 1)])
+@torch.no_grad()
+def test_the_layer_that_all_levels_share_is_an_integer_one(detector, pictures, kind, neuron, steps):
+    model = sf.quantize.prepare(detector(kind, neuron=neuron, steps=steps), bits=4).double().eval()
+    engine = integer(model, pictures)
+    conv, head = engine.net.head.proposals.head.conv[0], "head.proposals.head"
+    paths = {layer.name: layer.path for layer in engine.report().layers}
+    assert paths[f"{head}.conv.0"] == "int8"
+    with sf.record(model) as spikes:
+        model(pictures)
+    for level, each in enumerate(model.head.proposals.head.level_neurons):
+        counts = spikes[f"{head}.level_neurons.{level}"]
+        wanted = model.head.proposals.head.conv(counts.double() * each.unit)  # with the norm, which is folded
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(conv(counts.byte()).double(), wanted, rtol=1e-6, atol=1e-6)  # the scale is float32
+    rates = engine.compare(model, pictures).flip_rates
+    assert max(rate for name, rate in rates.items() if name.startswith(head)) < 0.01  # float layers may flip a count
+
+
+def assured(model: nn.Module) -> nn.Module:
+    """`model`, but certain of what it finds."""
+    head = model.head
+    for layer in [each.conv for each in head.predict] if hasattr(head, "predict") else [head.boxes.classify]:
+        layer.bias.data = 3 + torch.randn_like(layer.bias)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["yolo", "mask_rcnn"])
+@torch.no_grad()
+def test_an_engine_is_compared_by_its_detections(detector, pictures, kind):
+    model = sf.quantize.prepare(assured(detector(kind, neuron="i_lif", steps=1)), bits=4).double().eval()
+    engine = integer(model, pictures)
+    found = engine.compare(model, [pictures, pictures[:1]])
+    assert found.total == 3
+    assert found.predictions >= 3
+    assert found.equal > 0.9  # float layers may flip a count
+    assert set(found.flip_rates) == {
+        name
+        for name, each in model.named_modules()
+        if isinstance(each, Neuron) and not name.startswith(("head.boxes.", "head.masks."))
+    }
+    assert found.largest_error < FLOAT32 or found.flipped
+    other = engine.compare(assured(copy.deepcopy(model)), pictures)
+    assert other.equal < found.equal
+    assert other.different == (0, 1)
+    assert max(other.flip_rates.values()) == max(engine.compare(model, pictures).flip_rates.values())
+
+
+class Finder(nn.Module):
+    """A detector that finds what its outputs are."""
+
+    def detect(self, output):
+        return output
+
+
+def test_detections_that_one_side_alone_is_certain_of_are_not_the_same():
+    box, labels = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), torch.tensor([0, 1])
+    both = Detections(box, torch.tensor([0.9, 0.8]), labels)
+    one = both._replace(scores=torch.tensor([0.9, 0.2]))
+    nothing = both._replace(scores=torch.tensor([0.1, 0.1]))
+    equal = equal_predictions(Finder(), [both, one, nothing], [both, both, nothing], (32, 32))
+    assert equal.equal.tolist() == [2, 1, 0]
+    assert equal.total.tolist() == [2, 2, 0]
+    assert equal.everywhere.tolist() == [True, False, True]
+
+
+@torch.no_grad()
+def test_where_neither_finds_anything_all_is_equal(detector, pictures):
+    model = detector("yolo", neuron="i_lif", steps=1).double()
+    for layer in model.head.predict:
+        layer.conv.bias.fill_(-20)
+        layer.conv.weight.zero_()
+    found = integer(model, pictures).compare(model, pictures)
+    assert (found.predictions, found.equal, found.same, found.different) == (0, 1.0, 2, ())
+
+
+@torch.no_grad()
+def test_a_second_stage_that_looks_at_other_regions_is_no_error(detector, pictures):
+    model = detector("mask_rcnn", neuron="i_lif", steps=1, regions=7).double()
+    engine = integer(model, pictures)
+    other = copy.deepcopy(model)
+    other.head.proposals.head.objectness.weight.data.neg_()
+    other.head.proposals.nms_thresh = 0.1  # fewer regions
+    found = engine.compare(other, pictures)
+    assert found.largest_error > 0
+    assert found.total == 2
+
+
 def test_an_engine_that_classifies_finds_no_boxes(small, images):
     with pytest.raises(ValueError, match="MetaSpikeFormer finds no boxes"):
         (engine := integer(small("i_lif"), images)).detect(engine(images))
@@ -107,6 +200,28 @@ def test_a_file_holds_the_engine_and_its_boxes(detector, pictures, kind, tmp_pat
     assert difference(found, engine(images)) == 0
     sizes = torch.tensor([[64, 96], [32, 64]])
     assert difference(again.detect(found, sizes), engine.detect(engine(images), sizes)) == 0
+
+
+def test_a_file_of_a_detector_holds_no_more_detections_than_memory_has_masks_for(detector, pictures, tmp_path):
+    engine = integer(detector("yolo", neuron="i_lif", steps=1, limit=MOST["limit"]), pictures)
+    assert MOST["limit"] < 2**12
+    assert sf.deploy.load(sf.deploy.save(engine, tmp_path / "model.spk")).detects
+    engine.config = dataclasses.replace(
+        engine.config, head=dataclasses.replace(engine.config.head, limit=MOST["limit"] + 1)
+    )
+    with pytest.raises(ValueError, match="limit of its config must lie between 0 and 1024, got 1025"):
+        sf.deploy.save(engine, tmp_path / "other.spk")
+    assert not (tmp_path / "other.spk").exists()
+
+
+@pytest.mark.parametrize("turning", [False, True])
+def test_a_file_says_how_pictures_are_padded(detector, pictures, turning, tmp_path):
+    numbers = {"channels": 3, "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "interpolation": "bilinear"}
+    letterbox = Letterbox(window=(40, 60), turning=turning, **numbers)
+    engine = integer(detector("yolo", neuron="i_lif", steps=1), pictures)
+    card = ModelCard(map=0.4, ap50=0.6, mask_map=0.3)
+    file = sf.deploy.load(sf.deploy.save(engine, tmp_path / "model.spk", preprocessing=letterbox, card=card))
+    assert (file.preprocessing, file.card) == (letterbox, card)
 
 
 def test_the_audit_finds_all_layers_of_the_head_driven_by_spikes_and_what_is_not(detector, pictures):

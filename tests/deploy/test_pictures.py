@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from spikeformers.deploy import Framing, Preprocessing
+from spikeformers.deploy import Framing, Letterbox, Preprocessing
 from spikeformers.deploy.pictures import told_by
 
 NUMBERS = {"channels": 1, "mean": (0.3,), "std": (0.4,)}
 GREY = Preprocessing(size=32, crop=0.875, **NUMBERS)
 FRAME = Framing(short_side=48, max_side=100, **NUMBERS)
+BOX = Letterbox(window=(40, 60), **NUMBERS)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,38 @@ def test_frames_that_cannot_be_are_refused(changes, said):
         dataclasses.replace(FRAME, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"window": (40,)}, r"window must be a height and a width, 1 to 4096, got \(40,\)"),
+        ({"window": [40, 60]}, "window must be a height and a width"),
+        ({"window": (40, 4097)}, "window must be a height and a width"),
+        ({"window": (0, 60)}, "window must be a height and a width"),
+        ({"window": (40, True)}, "window must be a height and a width"),
+        ({"window": (40.0, 60)}, "window must be a height and a width"),
+        ({"turning": 1}, "turning must be True or False, got 1"),
+        ({"padded_to": 0}, "padded_to must be 1 to 256 pixels, got 0"),
+        ({"padded_to": 10**9}, "padded_to must be 1 to 256 pixels, got 1000000000"),
+        ({"padded_to": True}, "padded_to must be 1 to 256 pixels, got True"),
+        ({"mean": (0.1, 0.2)}, "mean must be a tuple of 1 numbers"),
+        ({"interpolation": ""}, "bicubic or bilinear"),
+    ],
+)
+def test_letterboxes_that_cannot_be_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(BOX, **changes)
+
+
+def test_a_letterbox_pads_to_its_window_or_where_that_turns_to_a_multiple():
+    assert BOX.seen == (64, 64)
+    assert dataclasses.replace(BOX, padded_to=1).seen == (40, 60)
+    assert BOX.padded(40, 30) == (64, 64)
+    turning = dataclasses.replace(BOX, turning=True)
+    assert turning.seen is None
+    assert turning.padded(60, 20) == (64, 32)
+    assert dataclasses.replace(turning, padded_to=1).padded(60, 20) == (60, 20)
+
+
 def test_as_many_windows_as_a_network_may_be_run_for_are_no_error():
     assert Framing(fixed=(64, 64), window=(1, 1), stride=(1, 1), **NUMBERS).seen == (1, 1)
     assert dataclasses.replace(FRAME, window=(4096, 4096), stride=(1, 1)).seen == (4096, 4096)
@@ -74,7 +107,7 @@ def test_what_the_network_is_given_is_known_where_it_does_not_depend_on_the_pict
     assert dataclasses.replace(fixed, **windows).seen == (32, 64)
 
 
-@pytest.mark.parametrize("told", [GREY, FRAME], ids=["square", "frame"])
-def test_both_come_back_from_plain_values(told):
+@pytest.mark.parametrize("told", [GREY, FRAME, BOX], ids=["square", "frame", "letterbox"])
+def test_all_come_back_from_plain_values(told):
     stored = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(told).items()}
     assert told_by(stored) == told

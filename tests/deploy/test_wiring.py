@@ -56,13 +56,45 @@ def test_tensors_with_other_readers_stay_float_and_numbers_stay_right(case):
     torch.testing.assert_close(engine(images), model(images).detach(), rtol=0, atol=1e-5)  # float32 means
 
 
-def test_a_layer_used_twice_stays_float():
-    class Twice(Pair):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.second(self.last(self.second(self.conv(self.first(x))))))
+class Twice(Pair):
+    """Its last layer is called twice; `more` says with what the second time."""
 
-    paths = {layer.name: layer.path for layer in integer(Twice(None).eval(), torch.randn(1, 3, 4, 4)).report().layers}
-    assert paths == {"conv": "int8", "last": "float"}
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.second(self.last(self.second(self.conv(self.first(x)))))
+        return self.last(self.more(spikes))
+
+
+@pytest.mark.parametrize(
+    ("again", "path"),
+    [
+        (lambda spikes: spikes, "int8"),
+        (lambda spikes: spikes + spikes, "float"),  # up to twice as many
+        (lambda spikes: 2 * spikes, "float"),  # another unit
+        (lambda spikes: spikes - 0.5, "float"),  # no spikes
+    ],
+)
+def test_a_layer_used_twice_is_integer_if_it_reads_the_same_kind_of_spikes(again, path):
+    model, images = Twice(again).eval(), 2 * torch.randn(3, 3, 4, 4)
+    for layer in (model.conv, model.last):  # on the 8-bit grid
+        layer.weight.data.copy_(torch.randint(-126, 127, layer.weight.shape) / 64)
+        layer.weight.data[:, 0] = 127 / 64
+        layer.bias.data.fill_(0.25)
+    engine = integer(model, images)
+    assert {layer.name: layer.path for layer in engine.report().layers} == {"conv": "int8", "last": path}
+    torch.testing.assert_close(engine(images), model(images).detach(), rtol=0, atol=1e-5)
+
+
+def test_a_layer_used_twice_never_fires_itself():
+    """Even if one neuron, which runs once, is all that reads either result."""
+
+    class Forgetful(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            spikes = self.first(x)
+            self.conv(spikes)
+            return self.last(self.second(self.conv(spikes)))
+
+    engine = integer(Forgetful(None).eval(), torch.randn(1, 3, 4, 4))
+    assert {layer.name: layer.path for layer in engine.report().layers} == {"conv": "int8", "last": "int8"}
 
 
 @pytest.mark.parametrize("change", [lambda x: x.mul_(0.1), lambda x: x.mT.mul_(0.1), lambda x: x.relu_()])

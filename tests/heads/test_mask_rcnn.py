@@ -324,7 +324,7 @@ def test_every_norm_folds_and_changes_nothing():
         (FeatureInfo(("a", "b", "c"), (1, 1, 1), (4, 8, 16)), {}, "reads 4 maps, and this backbone gives 3"),
         (FEATURES, {"anchor_sizes": (8, 16)}, r"anchor_sizes needs one size above 0 for each of 5 maps, got \(8, 16\)"),
         (FEATURES, {"anchor_sizes": (8, 16, 32, 0, 64)}, "one size above 0 for each of 5 maps"),
-        (FEATURES, {"anchor_sizes": (8, 16, 32, float("nan"), 64)}, "one size above 0 for each of 5 maps"),
+        (FEATURES, {"anchor_sizes": (8, 16, 32, -8, 64)}, "one size above 0 for each of 5 maps"),
         (FEATURES, {"samples": 3}, "samples must be at least 4, got 3"),
         (FEATURES, {"region_dim": 0}, "region_dim must be at least 1, got 0"),
         (FEATURES, {"score_threshold": -0.1}, r"score_threshold must lie in \[0, 1\], got -0.1"),

@@ -8,6 +8,7 @@ from spikeformers import create_model
 from spikeformers.neurons import Neuron
 from spikeformers.quantize import LSQLayer, prepare
 from spikeformers.recipes import RECIPES, get, spike2former
+from spikeformers.train.loop import build_model
 from spikeformers.train.optimise import peak_rate
 from spikeformers.train.recipe import from_json, override, to_json
 
@@ -212,3 +213,36 @@ def test_semantic_fpn_at_four_steps_starts_from_one_step():
     assert fourth.init.backbone == f"runs/{first.name}"
     assert (first.model.steps, fourth.model.steps, fourth.optim.lr) == (1, 4, 1e-4)
     assert fourth.data == first.data
+
+
+def test_event_recipes_hold_the_papers_numbers():
+    objects, gestures, actions, three = (
+        get(name)
+        for name in (
+            "spikformer_dvs_2_256_cifar10_dvs",
+            "spikformer_dvs_2_256_dvs128_gesture",
+            "meta_spikeformer_15m_har_dvs",
+            "qsd_transformer_t_cifar10_dvs",
+        )
+    )
+    assert (objects.epochs, objects.batch_size, objects.data.steps, objects.optim.lr) == (106, 16, 16, 1e-3)
+    mixing = objects.data.augment
+    assert (mixing.mixup, mixing.mixing_share, mixing.mixing_epochs) == (0.5, 0.5, 75)
+    assert (gestures.epochs, gestures.model.options["heads"], gestures.data.augment.flip) == (200, 8, 0.0)
+    assert (actions.data.steps, actions.data.in_channels) == (8, 2)
+    assert (three.data.in_channels, three.data.split, three.epochs, three.optim.weight_decay) == (3, "count", 100, 0.01)
+
+
+@pytest.mark.parametrize("name", ["spikformer_dvs_2_256_cifar10_dvs", "meta_spikeformer_15m_har_dvs"])
+def test_networks_of_event_recipes_take_their_clips(name):
+    recipe = get(name)
+    small = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(
+            recipe.model,
+            **({"dims": (8, 8, 16, 16)} if "meta" in name else {"options": {"dim": 16, "depth": 1, "heads": 4}}),
+        ),
+    )
+    model = build_model(small, num_classes=10, in_channels=recipe.data.in_channels).eval()
+    with torch.no_grad():
+        assert model(torch.rand(recipe.data.steps, 2, 2, 32, 32)).shape == (2, 10)

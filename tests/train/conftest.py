@@ -80,3 +80,12 @@ def detecting(tiny, coco_folder) -> Callable[..., Recipe]:
         testing=Testing(energy_images=2, integer_images=2),
     )
     return lambda **changes: dataclasses.replace(recipe, **changes)
+
+
+@pytest.fixture
+def with_masks(detecting) -> Callable[..., Recipe]:
+    """The same with a small Mask R-CNN, which also draws masks."""
+    options = {"heads": 2, "region_dim": 8, "fc_dim": 8, "norm": "batch_norm", "regions": 12, "samples": 8}
+    model = dataclasses.replace(detecting().model, name="meta_spikeformer_15m_mask_rcnn", options=options)
+    data = dataclasses.replace(detecting().data, masks=True)
+    return lambda **changes: detecting(name="with_masks", data=data, model=model, **changes)

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from spikeformers.data.splits import load_split
-from spikeformers.heads import Detections
+from spikeformers.heads.detections import Detections, certain
 from spikeformers.train import checkpoint, optimise
-from spikeformers.train.detection import ObjectDetection, box_agreement, matched
+from spikeformers.train.detection import ObjectDetection, box_agreement
 from spikeformers.train.detection_evaluate import evaluate_detection
-from spikeformers.train.detection_pictures import certain, found_in, marked, truth_of
+from spikeformers.train.detection_pictures import found_in, marked, truth_of
 from spikeformers.train.detection_prediction import BoxPredictor
 from spikeformers.train.detection_report import precisions
 from spikeformers.train.evaluate import batches_of
@@ -32,15 +32,6 @@ COLOURS = torch.tensor([[255, 0, 0], [0, 0, 255]], dtype=torch.uint8)
 def boxes(*rows: tuple[float, float, float, float], labels: list[int], scores: list[float] | None = None) -> Detections:
     found = scores or [0.9] * len(labels)
     return Detections(torch.tensor(rows).view(-1, 4), torch.tensor(found), torch.tensor(labels, dtype=torch.long))
-
-
-@pytest.fixture
-def with_masks(detecting):
-    """The recipe with a small Mask R-CNN instead, which also draws masks."""
-    options = {"heads": 2, "region_dim": 8, "fc_dim": 8, "norm": "batch_norm", "regions": 12, "samples": 8}
-    model = dataclasses.replace(detecting().model, name="meta_spikeformer_15m_mask_rcnn", options=options)
-    data = dataclasses.replace(detecting().data, masks=True)
-    return lambda **changes: detecting(name="with_masks", data=data, model=model, **changes)
 
 
 @pytest.mark.parametrize("kind", ["detecting", "with_masks"])
@@ -121,14 +112,6 @@ def test_seeds_are_compared_by_map(detecting, tmp_path):
     assert found.mean == pytest.approx(np.mean([each.map for each in found.summaries]))
 
 
-def test_detections_match_by_class_and_box_each_once():
-    found = boxes((0, 0, 10, 10), (0, 0, 10, 10), (20, 20, 30, 30), labels=[0, 0, 1])
-    other = boxes((0, 0, 10, 10.5), (20, 20, 30, 30), labels=[0, 0])
-    assert matched(found, found) == 3
-    assert matched(found, other) == 1  # the second box meets nothing that is left, the third has another class
-    assert matched(found, boxes(labels=[])) == 0
-
-
 def test_an_engine_that_is_the_network_agrees_in_all(detecting, tmp_path):
     recipe = detecting()
     split = load_split(recipe.data, "test")
@@ -146,10 +129,10 @@ def test_an_engine_that_is_the_network_agrees_in_all(detecting, tmp_path):
 def test_only_certain_detections_are_drawn_each_in_its_colour():
     found = boxes((4, 4, 20, 20), (30, 4, 44, 20), labels=[0, 1], scores=[0.9, 0.2])
     page = marked(torch.zeros(1, 64, 64, dtype=torch.uint8), certain(found), classes=("a", "b"), colours=COLOURS)
-    assert page.shape == (3, 64, 64)
-    assert page[:, 12, 4].tolist() == [255, 0, 0]
-    assert page[:, 19, 30].tolist() == [0, 0, 0]  # below the first one's label
-    bare = torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    assert page.shape == (3, 320, 320)  # as wide as a page: five times
+    assert page[:, 60, 20].tolist() == [255, 0, 0]
+    assert page[:, 95, 150].tolist() == [0, 0, 0]  # where the other one would be
+    bare = torch.full((3, 160, 320), 7, dtype=torch.uint8)
     assert torch.equal(marked(bare, boxes(labels=[]), classes=("a",), colours=COLOURS), bare)
 
 
@@ -158,8 +141,8 @@ def test_masks_are_drawn_under_their_boxes():
     masks[0, 40:, 40:] = True
     found = boxes((4, 4, 20, 20), labels=[1])._replace(masks=masks)
     page = marked(torch.zeros(3, 64, 64, dtype=torch.uint8), found, classes=("a", "b"), colours=COLOURS)
-    assert page[2, 50, 50] > 60
-    assert page[2, 30, 30] == 0
+    assert page[2, 250, 250] > 60
+    assert page[2, 150, 150] == 0
 
 
 def test_truth_and_what_is_found_are_in_pixels_of_the_file(detecting):
@@ -231,7 +214,7 @@ def test_many_classes_are_drawn_as_their_mean_the_best_and_the_worst():
 def test_a_picture_to_look_at_is_decoded_once_for_the_network_and_for_drawing(detecting, monkeypatch):
     spec = detecting().data
     split = load_split(spec, "test")
-    predictor = BoxPredictor(torch.nn.Identity(), spec, classes=("dog", "cat"), colours=COLOURS)
+    predictor = BoxPredictor(torch.nn.Identity(), spec.letterbox, classes=("dog", "cat"), colours=COLOURS)
     opened, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda *given: opened.append(given) or real(*given))
     seen = predictor.read(Path(split.names[0]))

@@ -1,0 +1,95 @@
+"""`predict` of recordings of events: what a whole clip shows, or what a stream decides step by step."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spikeformers.data.event_clips import EventData
+    from spikeformers.data.events import Events
+
+
+def check_stream(arguments: Namespace) -> None:
+    """Raises ValueError for settings of a stream that cannot be."""
+    if arguments.confidence is not None and not arguments.stream:
+        raise ValueError("--confidence ends a stream early: add --stream")
+    if arguments.confidence is not None and not 0 < arguments.confidence <= 1:
+        raise ValueError(f"--confidence must lie above 0 and at most at 1, got {arguments.confidence}")
+
+
+def refuse_stream(arguments: Namespace) -> None:
+    """Raises ValueError for --stream where pictures are looked at, which have no steps."""
+    if arguments.stream:
+        raise ValueError(f"--stream is for runs on recordings of events: {arguments.model} is none, leave it out")
+
+
+def predict_clips(model: "nn.Module", spec: "EventData", classes: Sequence[str], arguments: Namespace) -> None:
+    """What each recording shows, and the energy that its inference takes."""
+    from spikeformers.data.event_clips import clip_of, read_recording
+
+    recordings = [read_recording(Path(file), spec=spec) for file in arguments.files]  # all first: no half answer
+    for file, events in zip(arguments.files, recordings, strict=True):
+        clip = clip_of(events, spec=spec)[:, None]
+        print(f"{file}: {len(events):,} events in {events.duration / 1e6:.3f} s, {spec.steps} steps")
+        if arguments.stream:
+            show_stream(model, clip, ends=ends_of(events, spec), classes=classes, confidence=arguments.confidence)
+        else:
+            show_clip(model, clip, classes=classes)
+
+
+def show_clip(model: "nn.Module", clip: "Tensor", *, classes: Sequence[str]) -> None:
+    """The likeliest classes of a clip [T, 1, C, H, W] as a whole."""
+    import torch
+
+    from spikeformers.cli.evaluation import print_likely, spent
+    from spikeformers.energy import measure
+
+    with torch.no_grad():
+        logits = model(clip)[0]
+    print(f"  {spent(measure(model, clip))}")
+    print_likely(logits, classes)
+
+
+def show_stream(
+    model: "nn.Module", clip: "Tensor", *, ends: Sequence[float], classes: Sequence[str], confidence: float | None
+) -> None:
+    """The likeliest class after each step of a clip [T, 1, C, H, W], until the network is as sure as `confidence`.
+
+    `ends`: seconds of the recording at which each step ends.
+    """
+    from spikeformers.cli.evaluation import spent
+    from spikeformers.energy import measure
+    from spikeformers.neurons import set_steps
+    from spikeformers.train.clips import stream
+
+    done, began = 0, time.perf_counter()
+    for logits, end in zip(stream(model, clip), ends, strict=False):
+        done, took = done + 1, 1000 * (time.perf_counter() - began)
+        share, index = logits[0].softmax(-1).max(-1)
+        print(f"  step {done:>3}, {end:7.3f} s  {100 * share:6.2f} %  {classes[index]}  ({took:.1f} ms)")
+        if confidence is not None and share >= confidence:
+            break
+        began = time.perf_counter()
+    steps = model.steps
+    try:  # energy of what was looked at
+        spend = spent(measure(set_steps(model, done), clip[:done]))
+    finally:
+        set_steps(model, steps)
+    print(f"  decided after {done} of {len(clip)} steps, {spend}")
+
+
+def ends_of(events: "Events", spec: "EventData") -> list[float]:
+    """When each step of a clip ends, in seconds from the first event."""
+    from spikeformers.data.events import by_count, by_time
+
+    cut = by_count if spec.split == "count" and spec.representation != "voxel_grid" else by_time
+    ends, last = [], 0
+    for part in cut(events, steps=spec.steps):
+        last = int(part.t[-1]) - int(events.t[0]) if len(part) else last
+        ends.append(last / 1e6)
+    return ends

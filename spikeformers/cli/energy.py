@@ -1,5 +1,6 @@
 """`energy`: what a run, a saved model or a named model spends, and on which images it is measured."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,21 +10,94 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
+    from spikeformers.energy import EnergyReport
+
 RANDOM_IMAGES, RUN_IMAGES = 4, 64  # default number of images for `energy`
 
 
 def measure(arguments: Namespace) -> None:
-    """The energy table of a run, a saved model or a named model."""
-    from spikeformers import energy
-
-    model, images, note = energy_subject(arguments.model, arguments.images)
-    found = energy.measure(model, images, convention=arguments.convention)
-    print(note)
+    """The energy table of a run, a saved model or a named model, or a row for each of several."""
+    if len(arguments.models) > 1:
+        return compare(arguments)
+    found = measured(arguments.models[0], arguments)
     print(found.table())
     if arguments.json:
         print(f"written: {found.save(arguments.json)}")
+    for path, text in ((arguments.csv, found.to_csv), (arguments.latex, found.to_latex)):
+        write(path, text())
     if arguments.plot:
-        print(f"written: {found.plot(arguments.plot)}")
+        print(f"written: {found.plot(arguments.plot, kind=arguments.kind or 'stages')}")
+    return None
+
+
+def measured(source: str, arguments: Namespace) -> "EnergyReport":
+    """The report of one model; says what was measured, and with --strict refuses what is not counted in full."""
+    from spikeformers import energy
+
+    model, images, note = energy_subject(source, arguments.images)
+    found = energy.measure(model, images, convention=arguments.convention)
+    print(note)
+    if arguments.strict and found.uncounted:
+        raise ValueError(f"{source} has parts that are not counted: {'; '.join(found.uncounted)}")
+    return found
+
+
+def compare(arguments: Namespace) -> None:
+    """A row for each of several models; of runs also the score, and a bubble chart."""
+    if arguments.kind:
+        raise ValueError(f"--kind {arguments.kind} draws one model, got {len(arguments.models)}: leave it away")
+    from spikeformers.energy import Run, compare_runs, tables
+    from spikeformers.train.results import print_table
+
+    scores = {source: score_of(source) for source in arguments.models}
+    metrics = {metric for metric, _, _ in scores.values()}
+    if arguments.plot and (None in metrics or len(metrics) > 1):
+        raise ValueError("--plot of several needs finished runs that have one score: all accuracy, all mIoU or all mAP")
+    found = {source: measured(source, arguments) for source in arguments.models}
+    head = ("model", "score", "mJ", "sd", "ANN mJ", "firing rate", "T", "images", "parameters")
+    rows = []
+    for source, each in found.items():
+        _, score, parameters = scores[source]
+        spent = (each.total_mj, each.sd_mj, each.ann_mj)
+        rows.append((source, score, *spent, each.firing_rate, each.steps, each.images, parameters))
+    print_table(
+        head, [["" if cell is None else short(cell) for cell in row] for row in rows], right=range(1, len(head))
+    )
+    for source, each in found.items():
+        print("".join(f"NOT COUNTED in {source}: {part}\n" for part in each.uncounted), end="")
+    rules = next(iter(found.values())).rules.describe()
+    print(rules)
+    write(arguments.json, json.dumps({source: each.to_json() for source, each in found.items()}, indent=1) + "\n")
+    write(arguments.csv, tables.as_csv(head, rows))
+    write(arguments.latex, tables.as_latex(head, rows, note=rules))
+    if arguments.plot:
+        runs = [
+            Run(Path(source).name, score, found[source].total_mj, size) for source, (_, score, size) in scores.items()
+        ]
+        print(f"written: {compare_runs(runs, arguments.plot, score=metrics.pop())}")
+
+
+def score_of(source: str) -> tuple[str | None, float | None, int | None]:
+    """What a run is judged by, its score 0..1 and its parameters; all None for a model that is no run."""
+    from spikeformers.train.saved import run_of
+    from spikeformers.train.summary import FinishedTask, read_summary
+
+    run = run_of(Path(source))
+    summary = read_summary(run) if run else None
+    if not isinstance(summary, FinishedTask):
+        return None, None, None
+    return summary.METRIC, getattr(summary, summary.METRIC), summary.parameters
+
+
+def short(cell: str | float) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def write(path: str, text: str) -> None:
+    """Write `text` to the file `path`, if it is named, and say so."""
+    if path:
+        Path(path).write_text(text, encoding="utf-8")
+        print(f"written: {path}")
 
 
 def energy_subject(source: str, images: int | None) -> tuple["nn.Module", "DataLoader | Tensor", str]:

@@ -3,6 +3,7 @@
 from spikeformers.energy.conventions import CONVENTIONS, Charge, Convention
 from spikeformers.energy.firing import record
 from spikeformers.energy.ops import Operation, Trace, trace
+from spikeformers.energy.plots import Run, compare_runs
 from spikeformers.energy.report import EnergyReport, Layer, measure
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "EnergyReport",
     "Layer",
     "Operation",
+    "Run",
     "Trace",
+    "compare_runs",
     "measure",
     "record",
     "trace",

@@ -76,6 +76,9 @@ COUNTED: dict[str, Count] = {
     "grid_sampler_2d": _grid({0: 4, 1: 0, 2: 16}),
     "grid_sampler_3d": _grid({0: 8, 1: 0}),
 }
+MATRICES = frozenset(n for n, c in COUNTED.items() if c in (_inner, _added_inner, _convolution, _attention))
+"""Operators that multiply matrices: what layers and attentions are made of."""
+
 BY_NUMBERS = ("mul", "div", "mean", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 """Operators that multiply by a number where they have no second tensor."""
 
@@ -84,7 +87,18 @@ FREE = frozenset(
         *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "permute", "transpose", "t", "squeeze"),
         *("unsqueeze", "slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "as_strided"),
         *("alias", "detach", "clone", "copy", "_to_copy", "contiguous", "cat", "stack", "repeat", "roll", "flip"),
-        *("index", "index_select", "index_put", "index_add", "gather", "scatter", "scatter_add", "masked_fill"),
+        *(
+            "unsafe_split",
+            "unsafe_chunk",
+            "index",
+            "index_select",
+            "index_put",
+            "index_add",
+            "gather",
+            "scatter",
+            "scatter_add",
+            "masked_fill",
+        ),
         *("masked_select", "where", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d"),
         *("replication_pad1d", "replication_pad2d", "im2col", "col2im", "unfold", "pixel_shuffle"),
         *(
@@ -124,6 +138,7 @@ FREE = frozenset(
             "any",
             "sort",
         ),
+        *("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"),
         *("topk", "nonzero", "count_nonzero", "searchsorted", "bucketize", "max_pool2d_with_indices"),
         *("max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d", "heaviside", "equal", "item"),
         *("nms", "_local_scalar_dense"),

@@ -5,28 +5,32 @@ V2, Table 1, whose "OPs" of products of real numbers are two to a MAC (everywher
 A layer is fed by spikes if its input is a neuron's output or made of such outputs so that it is still counts, from 0
 up, times one unit (marks.py).
 The rate of a layer is the mean count of its input (for binary spikes the share of non-zeros that the paper names).
-Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear, the products of every attention of spikeformers.attention, and every
-other product of two matrices (@): of queries with a map's pixels, say. Batch norms fold into layers; biases, softmax,
-scales and the taps of interpolations are free.
+Counted: nn.Conv*, nn.ConvTranspose*, nn.Linear, the products of every attention of spikeformers.attention, and layers
+and products of matrices that functions of torch make (functions.py): of queries with a map's pixels, say. Batch norms
+fold into layers; biases, softmax, scales and the taps of interpolations are free.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from spikeformers.attention import SDDA, SDSA1, SDSA2, SSA, VSA, IdentityMap
 from spikeformers.energy.firing import neurons_of, plain_name
+from spikeformers.energy.foreign import ForeignNeuron, Spiking
+from spikeformers.energy.functions import Functions, Leftovers, Part
 from spikeformers.energy.marks import Mark, SpikeMarks, row_means, sparser
 from spikeformers.layers import RepConv, SepConv
-from spikeformers.neurons import Neuron, temporal_modules
+from spikeformers.neurons import Door, temporal_modules
+from spikeformers.quantize import LSQLayer, PackedLayer
+
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,9 @@ class Operation:
     Table 6 has it.  `rates` [B]: mean count of an input element in one step, None if the input is not spikes; for
     attention the sum of the rates of Q, K, V, None unless all are spikes.  `parts`: the operations as executed, of one
     that is composed.  Table 6 has no rule for the kinds behind "attention": "attention_map", which forms its N x N map,
-    "deformable", which adds up what it sampled, and "product", of two matrices anywhere else.
+    "deformable", which adds up what it sampled, and "product", of two matrices anywhere else.  A part of kind "softmax"
+    is the scale and the softmax of a map, three products an element as in Table 6; `macs` of the whole leaves it out.
+    `bits` of its weights.  `step_rates` [T, B]: `rates` of each step, None where those are.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Operation:
     rates: Tensor | None
     steps: int = 1
     parts: tuple["Operation", ...] = ()
+    bits: int = FLOAT_BITS
+    step_rates: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,8 @@ class Trace:
     """One forward pass: its operations in order of execution, and what its neurons fired.
 
     `spikes` [B]: counts of all neurons and steps, per image.  `sites`: the largest value that number could have, 0 for
-    an ANN.
+    an ANN.  `outputs`: elements of all neurons and steps, per image.  `uncounted`: what multiplies, or may, and is in
+    no operation, such as "encoder.lstm (LSTM): mkldnn_rnn_layer".
     """
 
     operations: tuple[Operation, ...]
@@ -63,6 +72,8 @@ class Trace:
     sites: int
     images: int
     steps: int
+    outputs: int = 0
+    uncounted: tuple[str, ...] = ()
 
 
 COMPOSED = {  # class -> kind, name of the composed operation inside the module, children that hold its convolutions
@@ -71,52 +82,73 @@ COMPOSED = {  # class -> kind, name of the composed operation inside the module,
 }
 
 
-def trace(model: nn.Module, images: Tensor, *, marks: SpikeMarks | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    marks: SpikeMarks | None = None,
+    neurons: Mapping[str, Spiking] | None = None,
+) -> Trace:
     """Run `model(images)` once, without gradients, and count. A model without neurons is an ANN: it fires nothing.
 
-    `marks`: who follows the spikes, and sees every function; without, a SpikeMarks.
+    `marks`: who follows the spikes, and sees every function; without, a SpikeMarks.  `neurons`: those of the model by
+    name, its spikeformers.neurons if it is not given; with others among them `images` are one image (see foreign.py).
     Raises ValueError if the model has neither neurons nor a layer to count, or if it has neurons and none of them ran.
     """
-    tracer = _Tracer(model, SpikeMarks() if marks is None else marks)
+    neurons = neurons_of(model) if neurons is None else neurons
+    tracer = _Tracer(model, SpikeMarks() if marks is None else marks, neurons)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator
     try:
         # The version counter of a tensor, which tells that a mark is stale, needs inference mode off.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.inference_mode(False), torch.no_grad(), tracer.marks, _Matrices(tracer):
+        with eager, torch.inference_mode(False), torch.no_grad(), tracer.marks, tracer.functions, tracer.leftovers:
             model(images)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         tracer.remove()
-    if marks is None and not tracer.totals and not tracer.operations and not neurons_of(model):
+    if marks is None and not tracer.totals and not tracer.operations and not neurons:
         name = type(model).__name__
         raise ValueError(f"{name} has nothing to count: no spiking neuron, convolution, linear layer or attention")
-    return tracer.result(rows=len(images))
+    return tracer.result(images)
 
 
 class _Tracer:
     """Hooks on one model. Until `result`, operations hold totals over the pass, and rates one value a row [T*B]."""
 
-    def __init__(self, model: nn.Module, marks: SpikeMarks) -> None:
+    def __init__(self, model: nn.Module, marks: SpikeMarks, neurons: Mapping[str, Spiking]) -> None:
         self.model = model
         self.marks = marks
+        self.neurons = neurons
+        self.foreign = any(isinstance(neuron, ForeignNeuron) for neuron in neurons.values())
+        self.leftovers = Leftovers(self.where)
+        self.functions = Functions(self.leftovers, idle=lambda: bool(self.ruled or self.inner), tell=self.on_part)
         self.operations: list[Operation] = []
         self.layers: dict[str, nn.Module] = {}
         self.operands: dict[str, Tensor] = {}  # what an attention will multiply, by name of the module that gave it
+        self.kinds: dict[str, str] = {}  # class of every module
         self.open: list[str] = []  # names of the modules that run, outermost first
-        self.attentions = 0  # of these, those whose products are counted by a rule
-        self.products: Counter[str] = Counter()  # of two matrices, by name of the module that made them
-        self.totals: list[tuple[Neuron, Tensor, int]] = []
+        self.ruled: list[str] = []  # of these, the attentions that a rule counts,
+        self.inner: list[str] = []  # and the layers
+        self.parts: dict[str, Counter[str]] = {}  # of one call of a module, what its functions made
+        self.totals: list[tuple[Spiking, Tensor, int]] = []
+        self.feeding: dict[str, int] = {}  # steps of the neuron in front of a layer that spikes feed
         self.opened: list[int] = []
         self.handles: list[RemovableHandle] = []
         for name, module in model.named_modules():
+            self.kinds[plain_name(name)] = type(module).__name__
             self.attach(plain_name(name), module)
 
     def attach(self, name: str, module: nn.Module) -> None:
         """Register the hooks that `module` needs."""
         composed = [parts for kind, parts in COMPOSED.items() if isinstance(module, kind)]
         rule = next((rule for kind, rule in ATTENTION.items() if isinstance(module, kind)), None)
-        self.handles.append(module.register_forward_pre_hook(lambda *_: self.enter(name, rule)))
-        if isinstance(module, Neuron):
+        layer = isinstance(module, _ConvNd | nn.Linear)
+        lists = [self.open, *((self.ruled,) if rule else ()), *((self.inner,) if layer else ())]
+        self.handles.append(module.register_forward_pre_hook(lambda *_: self.enter(name, lists)))
+        if name in self.neurons:
             self.add(module, name, self.on_neuron)
-        elif isinstance(module, _ConvNd | nn.Linear):
+        elif layer:
             self.layers[name] = module
             self.add(module, name, self.on_layer)
         elif composed:
@@ -124,17 +156,23 @@ class _Tracer:
             self.add(module, name, lambda *call: self.on_composed(*call, *composed[0]))
         elif rule is not None:
             for key in rule.operands or module.operands:
-                self.add(getattr(module, key), _inside(name, key), self.on_operand)
+                self.add(getattr(module, key), inside(name, key), self.on_operand)
             self.add(module, name, lambda *call: self.on_attention(*call, rule))
-        self.handles.append(module.register_forward_hook(lambda *_: self.leave(rule)))
+        self.handles.append(module.register_forward_hook(lambda *_: self.leave(lists)))
 
-    def enter(self, name: str, rule: "_Rule | None") -> None:
-        self.open.append(name)
-        self.attentions += rule is not None
+    def enter(self, name: str, lists: list[list[str]]) -> None:
+        self.parts[name] = Counter()
+        for each in lists:
+            each.append(name)
 
-    def leave(self, rule: "_Rule | None") -> None:
-        self.open.pop()
-        self.attentions -= rule is not None
+    def leave(self, lists: list[list[str]]) -> None:
+        for each in lists:
+            each.pop()
+
+    def where(self) -> str | None:
+        """The module that runs, None inside neurons and attentions, which are accounted for."""
+        aside = self.marks.aside or self.ruled or any(name in self.neurons for name in self.open)
+        return None if aside else self.open[-1] if self.open else ""
 
     def add(self, module: nn.Module, name: str, listener: Callable) -> None:
         self.handles.append(module.register_forward_hook(lambda *call: self.count(listener, name, *call)))
@@ -149,7 +187,10 @@ class _Tracer:
         for handle in self.handles:
             handle.remove()
 
-    def on_neuron(self, name: str, neuron: Neuron, _, spikes: Tensor) -> None:
+    def on_neuron(self, name: str, _, __, spikes: Tensor | tuple) -> None:
+        neuron = self.neurons[name]
+        if isinstance(neuron, ForeignNeuron):
+            spikes = neuron.emitted(name, spikes)
         means = self.marks.fired(spikes, Mark(neuron.unit, neuron.levels))
         self.totals.append((neuron, means, spikes[:1].numel()))
 
@@ -164,14 +205,18 @@ class _Tracer:
             kind, macs = "conv", x.numel() * layer.out_channels // layer.groups * math.prod(layer.kernel_size)
         else:
             kind, macs = "conv", output.numel() * layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        self.operations.append(Operation(name, kind, macs, macs, self.marks.rates(x), steps=x.shape[0]))
+        self.leftovers.settle(name, macs)
+        rates = self.marks.rates(x)
+        if rates is not None and self.totals:
+            self.feeding[name] = self.totals[-1][0].steps
+        self.operations.append(Operation(name, kind, macs, macs, rates, x.shape[0], bits=bits_of(layer)))
 
     def on_composed(self, name: str, module: nn.Module, _, output: Tensor, kind: str, own: str, members: tuple) -> None:
         """Replace the convolutions of a module by one operation that has them as parts."""
         start = self.opened.pop()
-        inside = len(_inside(name, "x")) - 1
-        parts = tuple(o for o in self.operations[start:] if o.name[inside:].split(".")[0] in members)
-        if tuple(part.name[inside:].split(".")[0] for part in parts) != members:
+        own_name = len(inside(name, "x")) - 1
+        parts = tuple(o for o in self.operations[start:] if o.name[own_name:].split(".")[0] in members)
+        if tuple(part.name[own_name:].split(".")[0] for part in parts) != members:
             return  # built otherwise by its owner: its layers count one by one
         layers = [self.layers[part.name] for part in parts]
         axes = zip(*(layer.kernel_size for layer in layers), strict=True)
@@ -179,93 +224,138 @@ class _Tracer:
         dense, macs, first = output.numel() * layers[0].in_channels * kernel, sum(p.macs for p in parts), parts[0]
         place = self.operations.index(first)
         self.operations = [operation for operation in self.operations if operation not in parts]
-        whole = Operation(_inside(name, own), kind, macs, dense, first.rates, first.steps, parts)
+        bits = max(part.bits for part in parts)
+        whole = Operation(inside(name, own), kind, macs, dense, first.rates, first.steps, parts, bits)
         self.operations.insert(place, whole)
 
-    def on_product(self, left: Tensor, right: Tensor, result: Tensor) -> None:
-        """A product of two matrices: the sparser side says what is added."""
+    def on_part(self, part: Part) -> None:
+        """A layer or a product that a function made: the sparser side says what is added."""
+        self.count(self.on_function, part)
+
+    def on_function(self, part: Part) -> None:
         name = self.open[-1] if self.open else ""
-        self.products[name] += 1
-        macs, rates = result.numel() * left.shape[-1], sparser(*_alike(self.marks.rates(left), self.marks.rates(right)))
-        place = _inside(name, f"product{self.products[name]}")
-        self.operations.append(Operation(place, "product", macs, macs, rates, steps=result.shape[0]))
+        numbers = self.parts.setdefault(name, Counter())
+        numbers[part.label] += 1
+        label = f"{part.label}{numbers[part.label]}" if part.label == part.kind else part.label
+        rates = sparser(*alike(*(self.marks.rates(factor) for factor in part.factors)))
+        self.operations.append(Operation(inside(name, label), part.kind, part.macs, part.macs, rates, part.rows))
 
     def on_attention(self, name: str, module: nn.Module, _, __, rule: "_Rule") -> None:
         """Insert the products of Q, K, V in front of the projection."""
-        operands = {key: self.operands.pop(_inside(name, key)) for key in rule.operands or module.operands}
+        operands = {key: self.operands.pop(inside(name, key)) for key in rule.operands or module.operands}
         rates = {key: self.marks.rates(operand) for key, operand in operands.items()}
         table6, products = rule.count(module, operands, rates)
         rows = next(iter(operands.values())).shape[0]
         parts = tuple(
-            Operation(_inside(name, product), "attention", macs, macs, rate, rows) for product, macs, rate in products
+            Operation(inside(name, product), "softmax" if product == "softmax" else "attention", macs, macs, rate, rows)
+            for product, macs, rate in products
         )
-        macs = sum(part.macs for part in parts)
+        macs = sum(part.macs for part in parts if part.kind != "softmax")
         total = None if None in rates.values() else torch.stack(list(rates.values())).sum(0)
-        projections = [i for i, o in enumerate(self.operations) if o.name.startswith(_inside(name, "proj"))]
+        projections = [i for i, o in enumerate(self.operations) if o.name.startswith(inside(name, "proj"))]
         place = projections[-1] if len(projections) == 1 else len(self.operations)
-        whole = Operation(_inside(name, "products"), rule.kind, macs, table6, total, rows, parts)
+        whole = Operation(inside(name, "products"), rule.kind, macs, table6, total, rows, parts)
         self.operations.insert(place, whole)
 
-    def result(self, *, rows: int) -> Trace:
-        """Everything per image and time step. `rows`: of the input, where no layer tells how many there are."""
-        steps = max((module.steps for module in temporal_modules(self.model).values()), default=1)
-        if self.totals:
+    def result(self, batch: Tensor) -> Trace:
+        """Everything per image and time step. `batch`: the input."""
+        temporal = {**temporal_modules(self.model), **self.neurons} if self.foreign else temporal_modules(self.model)
+        steps = max((module.steps for module in temporal.values()), default=1)
+        if self.foreign and self.totals:
+            images, self.operations = 1, _joined(self.operations)
+        elif self.totals:
             first, means, _ = self.totals[0]
             images = len(means) // first.steps
-        elif neurons_of(self.model):
+        elif self.neurons:
             raise ValueError("no neuron of the model ran in its forward pass: there is no spike to count")
-        else:  # an ANN: rows of the layer that reads the image
-            images = (self.operations[0].steps if self.operations else rows) // steps
-        spikes, sites = torch.zeros(images, dtype=torch.float64), 0
+        elif any(isinstance(module, Door) for module in self.model.modules()):
+            images = batch.shape[-4]
+        else:
+            images = len(batch) // steps
+        spikes, sites, outputs = torch.zeros(images, dtype=torch.float64), 0, 0
         for neuron, mean, elements in self.totals:
-            spikes = spikes + _per_image(mean, images) * (elements * len(mean) / images)
+            spikes = spikes + per_image(mean, images) * (elements * len(mean) / images)
             sites += elements * neuron.levels * len(mean) // images
-        operations = tuple(_settled(operation, steps=steps, images=images) for operation in self.operations)
-        return Trace(operations, spikes, sites, images, steps)
+            outputs += elements * len(mean) // images
+        operations = tuple(
+            _settled(each, steps=self.steps_of(each, most=steps, images=images), images=images)
+            for each in self.operations
+        )
+        uncounted = (
+            f"{name or 'model'} ({self.kinds.get(name, '')}): {operator}" for name, operator in self.leftovers.found
+        )
+        return Trace(operations, spikes, sites, images, steps, outputs, tuple(dict.fromkeys(uncounted)))
+
+    def steps_of(self, operation: Operation, *, most: int, images: int) -> int:
+        """How many time steps the rows of `operation` hold; `most`: the model's."""
+        if operation.steps % (most * images) == 0:
+            return most
+        first = (operation.parts or (operation,))[0]
+        return self.feeding.get(first.name, 1)  # rows of no image: regions, say, in the steps of their neuron
 
 
-class _Matrices(TorchFunctionMode):
-    """Hears products of two matrices, but those of attentions that a rule counts."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        multiplies = getattr(function, "__name__", "").strip("_") in ("matmul", "mm", "bmm") and not kwargs
-        if multiplies and not self.tracer.attentions and min(each.ndim for each in args) > 1:
-            self.tracer.count(self.tracer.on_product, *args, result)
-        return result
-
-
-def _alike(*rates: Tensor | None) -> list[Tensor | None]:
+def alike(*rates: Tensor | None) -> list[Tensor | None]:
     """Rates of rows that belong together: each as its mean where their numbers differ."""
     most = max((len(rate) for rate in rates if rate is not None), default=0)
     return [rate if rate is None or len(rate) == most else rate.mean().expand(most) for rate in rates]
 
 
-def _inside(name: str, child: str) -> str:
+def bits_of(layer: nn.Module) -> int:
+    """Bits of a layer's weights."""
+    return layer.bits if isinstance(layer, LSQLayer | PackedLayer) else FLOAT_BITS
+
+
+def inside(name: str, child: str) -> str:
     """Name of a child of the module `name`; the model itself has the name ""."""
     return f"{name}.{child}".strip(".")
 
 
-def _per_image(rows: Tensor, images: int) -> Tensor:
+def per_image(rows: Tensor, images: int) -> Tensor:
     """Mean of every image over the rows [T*B] that belong to it (time-major), [B]."""
+    if not len(rows):
+        return rows.new_zeros(images)
     if rows.shape[0] % images:
         return rows.mean().expand(images)  # rows that are not images (windows, say): all images share them
     return rows.view(-1, images).mean(0)
 
 
+def _per_step(rows: Tensor, *, steps: int, images: int) -> Tensor:
+    """Mean of every step and image over the rows [T*B] that belong to it, [T, B]."""
+    if len(rows) and len(rows) % (steps * images) == 0:
+        return rows.view(steps, -1, images).mean(1)
+    return per_image(rows, images).expand(steps, images)
+
+
+def _joined(operations: list[Operation]) -> list[Operation]:
+    """The calls of each layer as one, rows after rows: of a pass of one image that may call it in every step."""
+    calls: dict[str, list[Operation]] = {}
+    for operation in operations:
+        calls.setdefault(operation.name, []).append(operation)
+    return [_one(each) for each in calls.values()]
+
+
+def _one(calls: list[Operation]) -> Operation:
+    """Calls of a layer as one; their rates are means over rows, None unless spikes feed all of them."""
+    rates = [call.rates for call in calls]
+    return replace(
+        calls[0],
+        macs=sum(call.macs for call in calls),
+        dense_macs=sum(call.dense_macs for call in calls),
+        rates=None if any(each is None for each in rates) else torch.cat(rates),
+        steps=sum(call.steps for call in calls),
+        parts=tuple(_one(list(parts)) for parts in zip(*(call.parts for call in calls), strict=True)),
+    )
+
+
 def _settled(operation: Operation, *, steps: int, images: int) -> Operation:
-    """Totals over a pass -> numbers per image and step; rates per row -> per image."""
-    own = steps if operation.steps % (steps * images) == 0 else 1
+    """Totals over a pass -> numbers per image and step of `steps`; rates per row -> per image."""
     return replace(
         operation,
-        macs=operation.macs / (own * images),
-        dense_macs=operation.dense_macs / (own * images),
-        rates=None if operation.rates is None else _per_image(operation.rates, images),
-        steps=own,
+        macs=operation.macs / (steps * images),
+        dense_macs=operation.dense_macs / (steps * images),
+        rates=None if operation.rates is None else per_image(operation.rates, images),
+        step_rates=None if operation.rates is None else _per_step(operation.rates, steps=steps, images=images),
+        steps=steps,
         parts=tuple(_settled(part, steps=steps, images=images) for part in operation.parts),
     )
 
@@ -316,6 +406,13 @@ def _mapped(module: IdentityMap | VSA, operands: dict[str, Tensor], rates: Rates
     return 2 * macs, [("q k^T", macs, sparser(rates["q"], rates["k"])), ("map v", macs, rates["v"])]
 
 
+def _softmaxed(module: VSA, operands: dict[str, Tensor], rates: Rates) -> Products:
+    """The map as above; Table 6, VSA: each of its elements is scaled, N^2, and has a softmax, 2 N^2."""
+    table6, products = _mapped(module, operands, rates)
+    rows, _, *pixels = operands["q"].shape
+    return table6, [*products, ("softmax", 3 * rows * module.heads * math.prod(pixels) ** 2, None)]
+
+
 def _sdda(module: SDDA, operands: dict[str, Tensor], rates: Rates) -> Products:
     """A weight for every sampled point, times the channels of its group: added where the weight spikes."""
     macs = operands["attn"].numel() * operands["value"].shape[1] // module.groups
@@ -335,6 +432,6 @@ ATTENTION = {  # subclasses differ in what the operands are
     SDSA2: _Rule("attention", _sdsa2),
     SSA: _Rule("attention", _ssa),  # SDSA-3 and 4 are SSA with other projections
     IdentityMap: _Rule("attention_map", _mapped),
-    VSA: _Rule("attention_map", _mapped),
+    VSA: _Rule("attention_map", _softmaxed),
     SDDA: _Rule("deformable", _sdda, ("value", "attn")),
 }

@@ -9,7 +9,7 @@ Neurons' own arithmetic (leak, threshold) is left out, as is what does not depen
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spikeformers.energy.firing import plain_name
+from spikeformers.energy.firing import neurons_of, plain_name
+from spikeformers.energy.foreign import Spiking
 from spikeformers.energy.marks import Mark, SpikeMarks, sparser
 from spikeformers.energy.operators import Operators
-from spikeformers.energy.ops import Trace, trace
-from spikeformers.neurons import Neuron, TimeMean
-from spikeformers.quantize import LSQLayer, PackedLayer
+from spikeformers.energy.ops import FLOAT_BITS, Trace, bits_of, trace
+from spikeformers.neurons import TimeMean
 
-FLOAT_BITS = 32
 LAYERS = {f"conv{n}d": "conv" for n in (1, 2, 3)} | {f"conv_transpose{n}d": "conv" for n in (1, 2, 3)}
 LAYERS |= {"linear": "linear"}
 MATRIX = (
@@ -79,16 +78,8 @@ def products_of(model: nn.Module, images: Tensor) -> tuple[Trace, tuple[Product,
     Raises ValueError if it multiplies nothing, if the model has neurons and none of them ran, or if a part of it was
     scripted by torch.jit.
     """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("a part of this model was scripted by torch.jit, which nobody can listen to: use the original")
-    walk = _Walk(model, images)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator
-    try:
-        with walk.inside():
-            found = trace(model, images, marks=walk)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    walk = Walk(model, images, neurons_of(model))
+    found = walk.trace()
     if not walk.found:
         raise ValueError(f"{type(model).__name__} has nothing to count: it multiplies nothing")
     return found, tuple(walk.found)
@@ -98,7 +89,7 @@ ATTENTION = "scaled_dot_product_attention"
 REAL_NUMBERS = ("real", 0, None)
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """What a tensor is made of; of a layer's output also its channels and the layer's name."""
 
     kind: str  # "fixed" (does not depend on the image), "image", "spikes", "average" (of spikes), "layer" or "real"
@@ -106,7 +97,7 @@ class _Source(NamedTuple):
     layer: str = ""
 
 
-FIXED, IMAGE, AVERAGE, REAL, SPIKES = (_Source(kind) for kind in ("fixed", "image", "average", "real", "spikes"))
+FIXED, IMAGE, AVERAGE, REAL, SPIKES = (Source(kind) for kind in ("fixed", "image", "average", "real", "spikes"))
 
 
 class _Operand(NamedTuple):
@@ -114,11 +105,11 @@ class _Operand(NamedTuple):
 
     tensor: Tensor
     mark: Mark | None
-    source: _Source
+    source: Source
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of a function: its tensors before, the mean counts of each row of those that are spikes, and after."""
 
     name: str
@@ -152,12 +143,18 @@ class _Call:
         return "spikes", min(mark.most for mark in marks), rate
 
 
-class _Walk(SpikeMarks):
+class Walk(SpikeMarks):
     """Sees every function of a pass, and knows of every tensor what it was made of."""
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, neurons: Mapping[str, Spiking]) -> None:
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise ValueError(
+                "a part of this model was scripted by torch.jit, which nobody can listen to: use the original"
+            )
         super().__init__()
         self.model = model
+        self.images = images
+        self.neurons = neurons
         self.found: list[Product] = []
         self.open: list[tuple[str, nn.Module]] = [("", model)]
         self.calls: Counter[str] = Counter()  # products of two matrices, by name of the module
@@ -166,6 +163,11 @@ class _Walk(SpikeMarks):
         for tensor in (*model.parameters(), *model.buffers(), *kept):
             self.sources[tensor] = (FIXED, None)
         self.sources[images] = (IMAGE, images._version)
+
+    def trace(self) -> Trace:
+        """Run the model once: its layers as ops.py counts them."""
+        with self.inside():
+            return trace(self.model, self.images, marks=self, neurons=self.neurons)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -181,7 +183,7 @@ class _Walk(SpikeMarks):
             for handle in handles:
                 handle.remove()
 
-    def source(self, tensor: Tensor) -> _Source:
+    def source(self, tensor: Tensor) -> Source:
         """What `tensor` is made of; "real" if that is not known."""
         if self.of(tensor) is not None:
             return SPIKES
@@ -191,7 +193,7 @@ class _Walk(SpikeMarks):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "").split(".")[0]
-        if self.aside or any(isinstance(module, Neuron) for _, module in self.open):
+        if self.aside or any(name in self.neurons for name, _ in self.open):
             return function(*args, **kwargs)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         operands = [_Operand(tensor, self.of(tensor), self.source(tensor)) for tensor in tensors]
@@ -203,7 +205,7 @@ class _Walk(SpikeMarks):
         self.follow(name, args, kwargs, result)
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if made:
-            call = _Call(plain, operands, rates, made, below, plain == "batch_norm" and _of_batch(*args[3:], **kwargs))
+            call = Call(plain, operands, rates, made, below, plain == "batch_norm" and _of_batch(*args[3:], **kwargs))
             source = self.note(call) if call.moving and name not in NEW else FIXED
             for tensor in made:
                 self.sources[tensor] = (source, tensor._version)
@@ -220,7 +222,7 @@ class _Walk(SpikeMarks):
                 return Mark(divided.unit / number, divided.most)
         return mark
 
-    def note(self, call: _Call) -> _Source:
+    def note(self, call: Call) -> Source:
         """Write down what the call multiplies; returns what its result is made of."""
         kind, below = KINDS.get(call.name), call.below
         if call.name == ATTENTION:
@@ -242,7 +244,7 @@ class _Walk(SpikeMarks):
 
     def add(
         self,
-        call: _Call,
+        call: Call,
         kind: str,
         products: int,
         operand: str,
@@ -250,7 +252,7 @@ class _Walk(SpikeMarks):
         rate: float | None = None,
         *,
         function: str = "",
-        reads: _Source = REAL,
+        reads: Source = REAL,
         into: str = "",
         bits: int | None = None,
     ) -> None:
@@ -258,15 +260,14 @@ class _Walk(SpikeMarks):
         reads = reads.kind if operand == "real" and reads in (IMAGE, AVERAGE) else ""
         self.found.append(Product(name, kind, function or call.name, products, operand, most, rate, reads, into, bits))
 
-    def note_matrix(self, call: _Call, kind: str) -> _Source:
+    def note_matrix(self, call: Call, kind: str) -> Source:
         """A layer, or a product of matrices: additions where either side is spikes."""
         skipped = call.name in ("addmm", "baddbmm", "addmv")  # its first operand is only added
         places = range(2) if kind != "matmul" else range(skipped, len(call.operands))
         inputs = [call.operands[place] for place in places]
         weighted = kind != "matmul" or any(each.source == FIXED for each in inputs)
         first = next(each for each in inputs if each.source != FIXED or each is inputs[-1])
-        layer = self.open[-1][1]
-        bits = (layer.bits if isinstance(layer, LSQLayer | PackedLayer) else FLOAT_BITS) if weighted else None
+        bits = bits_of(self.open[-1][1]) if weighted else None
         function, foreign = call.name, call.below.foreign
         if not weighted:  # an attention has two
             self.calls[self.open[-1][0]] += 1
@@ -281,9 +282,9 @@ class _Walk(SpikeMarks):
             bits=bits,
         )
         axis = -1 - int(call.name[-2]) if call.name[-1] == "d" and call.name[-2].isdigit() else -1
-        return _Source("layer", call.made[0].shape[axis], self.open[-1][0]) if weighted else REAL
+        return Source("layer", call.made[0].shape[axis], self.open[-1][0]) if weighted else REAL
 
-    def note_attention(self, call: _Call) -> None:
+    def note_attention(self, call: Call) -> None:
         """The three steps of scaled dot-product attention."""
         q, k, v = (each.tensor for each in call.operands[:3])
         scores = q.numel() // q.shape[-1] * k.shape[-2]
@@ -291,7 +292,7 @@ class _Walk(SpikeMarks):
         self.add(call, "softmax", scores, "real")
         self.add(call, "matmul", scores * v.shape[-1], *call.spikes(2), function="map v")
 
-    def note_elements(self, call: _Call) -> _Source:
+    def note_elements(self, call: Call) -> Source:
         """An element-wise product: by a constant, or a mask of spikes, or of real numbers."""
         moving = call.moving
         if len(moving) < len(call.operands) and len(moving) == 1 and not (call.name == "div" and self.divides(call)):
@@ -308,11 +309,11 @@ class _Walk(SpikeMarks):
         return self.passed_on(call)
 
     @staticmethod
-    def divides(call: _Call) -> bool:
+    def divides(call: Call) -> bool:
         """True if what depends on the image is the divisor."""
         return call.operands[-1].source != FIXED
 
-    def note_scale(self, call: _Call, moving: _Operand, *, size: int, kind: str) -> _Source:
+    def note_scale(self, call: Call, moving: _Operand, *, size: int, kind: str) -> Source:
         """A product by constants, `size` of them: gone where they merge into a threshold or the layer in front."""
         source, products = moving.source, call.below.products
         if size == 1 and kind == "scale":
@@ -325,7 +326,7 @@ class _Walk(SpikeMarks):
         self.add(call, kind, products, *call.spikes(place), reads=source, bits=FLOAT_BITS)
         return IMAGE if source == IMAGE else REAL
 
-    def passed_on(self, call: _Call) -> _Source:
+    def passed_on(self, call: Call) -> Source:
         """What a function that neither is a layer nor scales by channel makes of its sources."""
         sources = {each.source for each in call.moving}
         moves = call.name in MOVES or call.name == "get" or call.name == "getitem"
@@ -340,14 +341,14 @@ class _Walk(SpikeMarks):
         return REAL
 
     @staticmethod
-    def keeps_channels(call: _Call) -> bool:
+    def keeps_channels(call: Call) -> bool:
         """True if a reshape leaves the channels of a layer one axis, where it was."""
         before, after, channels = call.moving[0].tensor.shape, call.made[0].shape, call.moving[0].source.channels
         at_end = before[-1] == after[-1] == channels
         return channels == 0 or at_end or before[:2] == after[:2]
 
     @staticmethod
-    def only_numbers(call: _Call) -> bool:
+    def only_numbers(call: Call) -> bool:
         """True if a product is one by numbers alone."""
         by_one = all(each.tensor.numel() == 1 for each in call.operands if each.source == FIXED)
         return call.name in ("mul", "div") and len(call.moving) == 1 and by_one

@@ -2,17 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from spikeformers.energy import conventions
+from spikeformers.energy import conventions, plots, tables
 from spikeformers.energy.conventions import Charge, Convention
-from spikeformers.energy.ops import Trace, trace
+from spikeformers.energy.foreign import at_rest, foreign_modules, one_by_one, spiking_of
+from spikeformers.energy.ops import Trace
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Layer:
     `macs`, `dense_macs`: multiply-accumulates of one time step, as executed and re-parameterised; `counted`: those that
     the convention uses.  `rate`: mean count of an input element in one step, None if the layer is not fed by spikes.
     `mac_operations`, `sops`: multiply-accumulates and additions over all steps.  `mj`, `ann_mj`: millijoules.
+    `words`: of 32 bits, moved over all steps, if the convention charges for memory.  `sd_mj`: deviation over the
+    images.  `rates`, `sd_rates`: mean count of an input element in each step as it was measured, whatever the
+    convention, and its deviation over the images; empty if the layer is not fed by spikes.
     """
 
     name: str
@@ -36,6 +41,10 @@ class Layer:
     sops: float
     mj: float
     ann_mj: float
+    words: float = 0.0
+    sd_mj: float = 0.0
+    rates: tuple[float, ...] = ()
+    sd_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class EnergyReport:
 
     `image_mj`: millijoules of every image, in the order given.  `ann_mj`: the same network counted as an ANN.
     `firing_rate`: mean of count / levels over all elements of all neurons and steps, 0..1; 0 for an ANN.
-    `spikes_per_image`: counts of all neurons and steps, mean over images.
+    `spikes_per_image`: counts of all neurons and steps, mean over images.  `uncounted`: what multiplies, or may, and is
+    in no layer here: "encoder.lstm (LSTM): mkldnn_rnn_layer".
     """
 
     layers: tuple[Layer, ...]
@@ -54,6 +64,7 @@ class EnergyReport:
     ann_mj: float
     firing_rate: float
     spikes_per_image: float
+    uncounted: tuple[str, ...] = ()
 
     @property
     def convention(self) -> str:
@@ -73,10 +84,12 @@ class EnergyReport:
     @property
     def sd_mj(self) -> float:
         """Standard deviation over the images (n - 1); 0 for one image."""
-        if self.images < 2:
-            return 0.0
-        mean = self.total_mj
-        return math.sqrt(math.fsum((mj - mean) ** 2 for mj in self.image_mj) / (self.images - 1))
+        return _deviation(self.image_mj)
+
+    @property
+    def rates(self) -> dict[str, tuple[float, ...]]:
+        """Mean count of an input element in each time step, of every layer that spikes feed, in network order."""
+        return {layer.name: layer.rates for layer in self.layers if layer.rates}
 
     def stages(self) -> dict[str, dict[str, float]]:
         """Sums over the layers of each stage (first part of their names), in network order: mj, ann_mj, sops, macs."""
@@ -118,6 +131,7 @@ class EnergyReport:
                 + ("s" if self.images > 1 else ""),
                 f"Same network as an ANN (T=1, {self.rules.mac_pj:g} pJ each MAC): {self.ann_mj:.6f} mJ{times}",
                 f"Firing rate {100 * self.firing_rate:.2f} %, {self.spikes_per_image:,.0f} spikes, T={self.steps}",
+                *(f"NOT COUNTED: {each}" for each in self.uncounted),
                 self.rules.describe(),
             ]
         )
@@ -134,6 +148,7 @@ class EnergyReport:
             "ann_mj": self.ann_mj,
             "firing_rate": self.firing_rate,
             "spikes_per_image": self.spikes_per_image,
+            "uncounted": list(self.uncounted),
             "stages": self.stages(),
             "layers": [asdict(layer) for layer in self.layers],
             "image_mj": list(self.image_mj),
@@ -145,47 +160,65 @@ class EnergyReport:
         path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
         return path
 
-    def plot(self, path: str | Path) -> Path:
-        """Bar chart of every stage, spiking beside ANN, as the image file `path` (its ending says which kind)."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    def to_csv(self) -> str:
+        """A row a layer with every field of Layer; of `rates` and `sd_rates` a column for each time step."""
+        names = [field.name for field in fields_of(Layer) if field.name not in ("rates", "sd_rates")]
+        rows = []
+        for layer in self.layers:
+            padding = [None] * (self.steps - len(layer.rates))
+            of_steps = (*layer.rates, *padding, *layer.sd_rates, *padding)
+            rows.append((*(getattr(layer, name) for name in names), *of_steps))
+        steps = [f"{name}_step{step + 1}" for name in ("rate", "sd_rate") for step in range(self.steps)]
+        return tables.as_csv((*names, *steps), rows)
 
-        stages = self.stages()
-        figure = Figure(figsize=(max(5, 1.1 * len(stages) + 2), 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for offset, key, label in ((-0.2, "mj", f"spiking, T={self.steps}"), (0.2, "ann_mj", "as an ANN")):
-            bars = axes.bar(
-                [i + offset for i in range(len(stages))], [stage[key] for stage in stages.values()], 0.4, label=label
-            )
-            axes.bar_label(bars, fmt="%.2g", fontsize=8)
-        axes.set_xticks(range(len(stages)), list(stages))
-        axes.set_ylabel("mJ per image")
-        axes.set_title(f"{self.total_mj:.4g} mJ, as an ANN {self.ann_mj:.4g} mJ ({self.convention})", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        figure.savefig(path)
-        return Path(path)
+    def to_latex(self) -> str:
+        """A tabular with a row a layer and the total, for the package booktabs; above it the convention as comments."""
+        head = ("layer", "kind", "MACs (M)", "T", "rate", "SOPs (M)", "mJ", "sd", "ANN mJ")
+        rows = [
+            (x.name, x.kind, x.counted / 1e6, x.steps, x.rate, x.sops / 1e6, x.mj, x.sd_mj, x.ann_mj)
+            for x in self.layers
+        ]
+        total = ("total", None, None, self.steps, None, None, self.total_mj, self.sd_mj, self.ann_mj)
+        return tables.as_latex(head, (*rows, total), note=self.rules.describe())
+
+    def plot(self, path: str | Path, *, kind: str = "stages") -> Path:
+        """Draw the image file `path` (its ending says which format).
+
+        `kind`: "stages", bars of stages, spiking beside ANN; "layers", a bar a layer; "rates", firing rates of layers
+        over time steps.  Raises ValueError for another kind, or for rates where spikes feed no layer.
+        """
+        return plots.draw(self, path, kind)
 
 
 def measure(
-    model: nn.Module, images: Tensor | Iterable, *, convention: str | Convention = "meta_spikeformer"
+    model: nn.Module,
+    images: Tensor | Iterable,
+    *,
+    convention: str | Convention = "meta_spikeformer",
+    neurons: Sequence[type[nn.Module]] = (),
 ) -> EnergyReport:
     """Energy of `model` per image, mean and standard deviation over the images.
 
     images: one batch [B, C, H, W] or [T, B, C, H, W], or a loader of batches, or of tuples that start with a batch.
     The ANN beside it is the same network under the same convention: its counted MACs run once (T=1), each 4.6 pJ.
-    The model runs in eval mode without gradients and comes back as it was.  It may be any torch model, of which the
-    layers and attentions that `energy/ops.py` lists are counted; only neurons of spikeformers.neurons spike.  One
-    without neurons is an ANN (an ANN twin, say): every layer is multiply-accumulates, whatever the convention excepts.
+    The model runs in eval mode without gradients and comes back as it was.  It may be any torch model: `energy/ops.py`
+    lists what is counted, `EnergyReport.uncounted` what is not.  One without neurons is an ANN (an ANN twin, say):
+    every layer is multiply-accumulates, whatever the convention excepts.
     A model without a door (see neurons.Door) takes [T*B, ...], time-major.
-    Raises ValueError for an unknown convention, no images, images that are not finite, or nothing to count.
+    `neurons`: classes that spike, beside those of spikeformers.neurons and spikingjelly; see `energy/foreign.py`.  A
+    model with neurons that are not ours runs image by image, and their state is at rest before and after each.
+    Raises ValueError for an unknown convention, no images, images that are not finite, nothing to count, or neurons
+    that fire anything but counts.
     """
     rules = conventions.get(convention)
-    tally = _Tally(rules)
+    tally, foreign, spiking = _Tally(rules), foreign_modules(model, neurons).values(), None
     with evaluating(model):
         for batch in batches_of(images):
-            tally.add(trace(model, placed(batch, model)))
+            placed_batch = placed(batch, model)
+            for each in one_by_one(placed_batch) if foreign else (placed_batch,):
+                spiking = spiking_of(model, each, neurons) if spiking is None else spiking
+                tally.add(*rules.account(model, each, neurons=spiking))
+                at_rest(model, foreign)
     return tally.report()
 
 
@@ -225,27 +258,31 @@ class _Tally:
 
     def __init__(self, rules: Convention) -> None:
         self.rules = rules
-        self.charges: dict[str, list[tuple[Charge, int]]] = {}
+        self.charges: dict[str, list[tuple[list[Charge], int]]] = {}  # of each layer those of every batch, and images
         self.image_mj: list[float] = []
         self.spikes = 0.0
         self.sites = 0.0
         self.steps = 1
+        self.uncounted: dict[str, None] = {}
 
-    def add(self, found: Trace) -> None:
+    def add(self, found: Trace, charges: Iterable[Charge]) -> None:
         """Take in one forward pass."""
-        energy = torch.zeros(found.images, dtype=torch.float64)
-        for charge in self.rules.charge(found.operations, spiking=found.sites > 0):
+        energy, layers = torch.zeros(found.images, dtype=torch.float64), {}
+        for charge in charges:
             energy += torch.as_tensor(charge.mj, dtype=torch.float64, device="cpu")
-            self.charges.setdefault(charge.operation.name, []).append((charge, found.images))
+            layers.setdefault(charge.operation.name, []).append(charge)
+        for name, calls in layers.items():
+            self.charges.setdefault(name, []).append((calls, found.images))
         self.image_mj += energy.tolist()
         self.spikes += float(found.spikes.sum())
         self.sites += found.sites * found.images
         self.steps = found.steps
+        self.uncounted |= dict.fromkeys(found.uncounted)
 
     def report(self) -> EnergyReport:
         if not self.image_mj:
             raise ValueError("there are no images to measure: the loader is empty")
-        layers = tuple(self.layer(name, charges) for name, charges in self.charges.items())
+        layers = tuple(self.layer(name, batches) for name, batches in self.charges.items())
         images = len(self.image_mj)
         return EnergyReport(
             layers=layers,
@@ -255,10 +292,12 @@ class _Tally:
             ann_mj=math.fsum(layer.ann_mj for layer in layers),
             firing_rate=self.spikes / self.sites if self.sites else 0.0,  # an ANN has no site
             spikes_per_image=self.spikes / images,
+            uncounted=tuple(self.uncounted),
         )
 
-    def layer(self, name: str, charges: list[tuple[Charge, int]]) -> Layer:
+    def layer(self, name: str, batches: list[tuple[list[Charge], int]]) -> Layer:
         """Means over all images of what one layer cost."""
+        charges = [(charge, images) for calls, images in batches for charge in calls]
         first = charges[0][0].operation
 
         def mean(value) -> float:
@@ -269,6 +308,9 @@ class _Tally:
 
         counted, fed = mean(lambda c: c.counted), first.rates is not None
         additions = mean(sops)
+        spent = [mj for calls, images in batches for mj in sum(_images(call.mj, images) for call in calls).tolist()]
+        spent += [0.0] * (len(self.image_mj) - len(spent))  # in batches where it did not run
+        rates = _step_rates(batches)
         return Layer(
             name=name,
             stage=name.split(".")[0],
@@ -282,4 +324,36 @@ class _Tally:
             sops=additions,
             mj=mean(lambda c: torch.as_tensor(c.mj, dtype=torch.float64).mean()),
             ann_mj=mean(lambda c: c.ann_mj),
+            words=mean(lambda c: c.words),
+            sd_mj=_deviation(spent),
+            rates=tuple(map(_mean, rates)),
+            sd_rates=tuple(map(_deviation, rates)),
         )
+
+
+def _images(value: float | Tensor, images: int) -> Tensor:
+    """A number, or one for each image, as [B]."""
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").expand(images)
+
+
+def _step_rates(batches: list[tuple[list[Charge], int]]) -> list[list[float]]:
+    """Of each time step the rate of a layer's input in every image, its calls weighted by their products."""
+    rates: list[Tensor] = []
+    for calls, _ in batches:
+        fed = [call.operation for call in calls if call.operation.step_rates is not None and call.operation.macs]
+        if fed:
+            total = sum(each.macs * each.step_rates.cpu().double() for each in fed)
+            rates.append(total / sum(each.macs for each in fed))
+    return torch.cat(rates, 1).tolist() if rates else []
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1); 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

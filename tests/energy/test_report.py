@@ -75,6 +75,22 @@ def test_four_steps_multiply_what_runs_four_times():
     assert four.spikes_per_image == 4 * one.spikes_per_image
 
 
+def test_rates_of_layers_and_steps_are_means_and_deviations_over_the_images():
+    model = ByHand(LIF())
+    report = measure(set_steps(model, 2), PIXELS.repeat(2, 1, 1, 1))
+    mix = report.layers[1]
+    with record(model.eval()) as spikes:
+        model(PIXELS.repeat(2, 1, 1, 1))
+    counts = spikes["neuron"].double().unflatten(0, (2, 2)).flatten(2).mean(2)  # [T, B]
+    assert counts[0].tolist() == [4 / 8, 1 / 8]
+    assert mix.rates == pytest.approx(counts.mean(1).tolist(), rel=1e-12)
+    assert mix.sd_rates == pytest.approx(counts.std(1).tolist(), rel=1e-12)
+    assert report.rates == {"mix": mix.rates}
+    fired = 0.9 * PJ * 24 * counts.sum(0)
+    assert mix.sd_mj == pytest.approx(float(fired.std()), rel=1e-12)
+    assert (report.layers[0].sd_mj, report.layers[0].rates, report.layers[0].sd_rates) == (0, (), ())
+
+
 def test_the_first_layer_costs_what_the_convention_says():
     model, images = set_steps(ByHand(LIF(tau=1.0)), 4), PIXELS.repeat(4, 1, 1, 1)
     cost = {}
@@ -170,9 +186,10 @@ def test_layers_stages_and_images_add_up_to_the_total(small, convention):
     assert sum(layer.mj for layer in report.layers) == pytest.approx(report.total_mj, rel=1e-12)
     assert sum(stage["mj"] for stage in report.stages().values()) == pytest.approx(report.total_mj, rel=1e-12)
     assert sum(stage["ann_mj"] for stage in report.stages().values()) == pytest.approx(report.ann_mj, rel=1e-12)
-    assert list(report.stages()) == ["stage1a", "stage1b", "stage2", "stage3", "stage4", "head"]
+    assert list(report.stages())[:6] == ["stage1a", "stage1b", "stage2", "stage3", "stage4", "head"]
     for layer in report.layers:
-        assert layer.mj == pytest.approx(PJ * (4.6 * layer.mac_operations + 0.9 * layer.sops), rel=1e-12)
+        moved = report.rules.memory_pj * layer.words
+        assert layer.mj == pytest.approx(PJ * (4.6 * layer.mac_operations + 0.9 * layer.sops + moved), rel=1e-12)
 
 
 def test_dense_macs_do_not_depend_on_the_convention(small):
@@ -180,8 +197,11 @@ def test_dense_macs_do_not_depend_on_the_convention(small):
     assert totals == pytest.approx([totals[0]] * len(totals), rel=1e-12)
 
 
-def test_conventions_differ(small):
-    assert len({measure(small, images(1), convention=name).total_mj for name in CONVENTIONS}) == len(CONVENTIONS)
+def test_conventions_differ_on_float_weights_and_maps_of_spikes_but_for_two(small):
+    found = {name: measure(small, images(1), convention=name).total_mj for name in CONVENTIONS}
+    assert found.pop("qsd_transformer") == found["meta_spikeformer"]
+    assert found.pop("spikformer_v2_table1") == found["spikformer_v2"]
+    assert len(set(found.values())) == len(found)
 
 
 def test_every_convention_describes_itself_in_the_table(small):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,16 @@ def refuse_stream(arguments: Namespace) -> None:
 
 
 def predict_clips(model: "nn.Module", spec: "EventData", classes: Sequence[str], arguments: Namespace) -> None:
-    """What each recording shows, and the energy that its inference takes."""
-    from spikeformers.data.event_clips import clip_of, read_recording
+    """What each recording shows, and the energy that its inference takes.
 
+    Raises ValueError, before anything is printed, for a recording of another sensor than those of the training.
+    """
+    from spikeformers.data.event_clips import clip_of, read_recording
+    from spikeformers.train.saved import run_of
+    from spikeformers.train.summary import read_summary
+
+    if sensor := read_summary(run_of(Path(arguments.model))).sensor:
+        spec = replace(spec, sensor=tuple(sensor))
     recordings = [read_recording(Path(file), spec=spec) for file in arguments.files]  # all first: no half answer
     for file, events in zip(arguments.files, recordings, strict=True):
         clip = clip_of(events, spec=spec)[:, None]
@@ -84,12 +92,20 @@ def show_stream(
 
 
 def ends_of(events: "Events", spec: "EventData") -> list[float]:
-    """When each step of a clip ends, in seconds from the first event."""
-    from spikeformers.data.events import by_count, by_time
+    """When the last event that a step of a clip shows has come, in seconds from the first event."""
+    from spikeformers.data.events import by_count
 
-    cut = by_count if spec.split == "count" and spec.representation != "voxel_grid" else by_time
+    if spec.representation == "voxel_grid":  # its points lie from the first event to the last, and reach to the next
+        return [min(step, spec.steps - 1) / max(spec.steps - 1, 1) * events.duration / 1e6 for step in _numbers(spec)]
+    if spec.split == "time":
+        ends = [step * (events.duration // spec.steps) / 1e6 for step in _numbers(spec)]
+        return [*ends[:-1], events.duration / 1e6]
     ends, last = [], 0
-    for part in cut(events, steps=spec.steps):
+    for part in by_count(events, steps=spec.steps):
         last = int(part.t[-1]) - int(events.t[0]) if len(part) else last
         ends.append(last / 1e6)
     return ends
+
+
+def _numbers(spec: "EventData") -> range:
+    return range(1, spec.steps + 1)

@@ -24,7 +24,7 @@ from spikeformers.backbones.spikformer import SpikformerConfig
 from spikeformers.deploy import container
 from spikeformers.deploy.container import Content
 from spikeformers.deploy.outputs import same_outputs
-from spikeformers.deploy.pictures import Pictures, told_by
+from spikeformers.deploy.pictures import Letterbox, Pictures, told_by
 from spikeformers.deploy.runtime import BACKENDS, IntegerModel
 from spikeformers.heads import (
     Detections,
@@ -73,6 +73,7 @@ MOST = {  # of whole numbers in a config, or its tuples; a file may not ask for 
     "limit": 2**10,  # each may have a mask as large as the picture
 }
 MOST_OTHERS = 64  # of those that MOST does not name
+MOST_PAINTED = 2**28  # pixels of all masks of a picture, each a float; 100 of 800 x 1344 are less than half
 MOST_ENTRIES = 64  # of a tuple in a config
 PAIRS = ("kernel", "stride", "padding", "dilation")
 WHOLE = ("in_channels", "out_channels", "groups", "bits", "max_count", "levels")
@@ -367,6 +368,14 @@ def _read_about(header: dict[str, Any], config: Any) -> dict[str, Any]:
         preprocessing = told_by(preprocessing)
         if preprocessing.channels != config.in_channels:
             raise ValueError(f"pictures of {preprocessing.channels} channels for a network of {config.in_channels}")
+        painted = getattr(config, "head", None)
+        if isinstance(preprocessing, Letterbox) and isinstance(painted, MaskRCNNConfig):
+            pixels = painted.limit * math.prod(preprocessing.padded(*preprocessing.window))
+            if pixels > MOST_PAINTED:
+                raise ValueError(
+                    f"limit={painted.limit} masks of window={preprocessing.window} are {pixels:,} pixels, and "
+                    f"{MOST_PAINTED:,} are the most: lower one of them"
+                )
     if labels is not None:
         if not isinstance(labels, list) or len(labels) != config.num_classes:
             raise ValueError(f"labels must be a list of {config.num_classes} names, one for each class")

@@ -41,7 +41,7 @@ def first_stage(model: nn.Module) -> nn.Module:
     if not has_two_stages(model):
         raise ValueError(f"{type(network_of(model)).__name__} has no second stage: export it as it is")
     net = network_of(model)
-    stage = DenseStage(net.backbone, net.head)
+    stage = DenseStage(net.backbone, net.head).train(net.training)
     if isinstance(model, IntegerModel):
         return IntegerModel(stage, spike_fed=model.spike_fed, fused=model.fused)
     return stage

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 from jaxtyping import Float, Int64
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_area, box_iou, clip_boxes_to_image
 
@@ -31,14 +32,10 @@ def certain(found: Detections, *, threshold: float = CERTAIN) -> Detections:
 
 
 def matched(found: Detections, other: Detections) -> int:
-    """How many detections have one of the same class and SAME_BOX in `other`, each taken once."""
+    """The most pairs of one detection and one of `other`, each taken once, that share their class and SAME_BOX."""
     fits = (box_iou(found.boxes, other.boxes.to(found.boxes)) >= SAME_BOX) & (found.labels[:, None] == other.labels)
-    count = 0
-    for row in fits:  # the most certain first
-        if row.any():
-            fits[:, int(row.float().argmax())] = False
-            count += 1
-    return count
+    pairs = linear_sum_assignment(fits.cpu().numpy(), maximize=True)
+    return int(fits.cpu().numpy()[pairs].sum())
 
 
 class Target(TypedDict):

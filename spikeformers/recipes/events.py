@@ -1,7 +1,7 @@
 """Recordings of event cameras on two CPU cores: simulated moving digits, and a small part of N-MNIST.
 
-A small Spikformer V1 of LIF neurons (T=4), whose membranes carry from frame to frame. No paper of this library trains on
-either. Ours: benchmarks/results/digits_dvs_epyc-2cores_202611.json and nmnist_small_epyc-2cores_202611.json. Logistic
+A small Spikformer V1 of LIF neurons (T=4), whose membranes carry from frame to frame. No paper of this library trains
+on either. Ours: benchmarks/results/digits_dvs_epyc-2cores_202611.json and nmnist_small_epyc-2cores_202611.json. Logistic
 regression on counts of events of whole recordings: 77 % of digits_dvs, 89 % of N-MNIST's 100 test recordings.
 """
 

@@ -26,11 +26,13 @@ class StepByStep:
 def stream(model: nn.Module, clip: Float[Tensor, "T B C H W"]) -> Iterator[Float[Tensor, "B L"]]:
     """Logits after each frame: the mean of those so far, which after the last are those of the whole clip.
 
-    Raises ValueError in train mode.
+    Until the last one was taken, or the generator is closed, `model` is streaming.  Raises ValueError in train mode.
     """
-    with streaming(model), torch.no_grad():
+    with streaming(model):
         for frame in clip:
-            yield model(frame)
+            with torch.no_grad():  # not around the yield: it would hold in the caller too
+                logits = model(frame)
+            yield logits
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from spikeformers.data.detection import DetectionSplit
 from spikeformers.heads.detections import Detections, certain
 from spikeformers.train.detection_evaluate import in_file
 from spikeformers.train.evaluate import drawn
-from spikeformers.train.segmentation_pictures import PAGE, enlarged, page_wide, save_picture
+from spikeformers.train.segmentation_pictures import enlarged, page_factor, page_wide, save_picture
 
 SAMPLES = "detections.png"  # in a run's folder
 _SHOWN = 6  # test pictures
@@ -32,7 +32,7 @@ def marked(
     Masks are bool [N,H,W], colours uint8 [classes, 3].  `scores`: write them behind the names.
     Pictures narrower than a page are enlarged by a whole factor, so that labels leave something to be seen.
     """
-    factor = -(-PAGE // picture.shape[2])
+    factor = page_factor(picture)
     page = enlarged(picture.expand(3, -1, -1), factor)
     if not len(found.labels):
         return page

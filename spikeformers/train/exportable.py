@@ -35,12 +35,15 @@ class Exportable(ABC):
     """A finished run of a spiking network (the packed form, if there is one), and what is known of it.
 
     `split`: its test images. `SCORES`: fields of a model's card that hold what it is worth, and their names in a table;
-    not every network has all. `ONE_SIZE`: the setting that makes all test images of one size.
+    not every network has all. `ONE_SIZE`: the setting that makes all test images of one size. `EACH`, `TESTED`: what
+    the split holds, in words.
     """
 
     SCORES: ClassVar[dict[str, str]]
     BATCH: ClassVar[int]  # test images at once, in float64
     ONE_SIZE: ClassVar[str] = "data.test_size"
+    EACH: ClassVar[str] = "an image"
+    TESTED: ClassVar[str] = "test images"
 
     run: Path
     model: nn.Module
@@ -146,6 +149,9 @@ class ExportableClassifier(Exportable):
 
 class ExportableClips(ExportableClassifier):
     """Of a network that gives a class to each clip of events. A file does not say how events become frames."""
+
+    EACH: ClassVar = "a clip"
+    TESTED: ClassVar = "test clips"
 
     @property
     def unit(self) -> str:

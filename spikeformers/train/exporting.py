@@ -76,7 +76,7 @@ def comparison_facts(subject: Exportable, found: Comparison) -> list[tuple[str, 
     ]
     for field, name in ((field, name) for field, name in subject.SCORES.items() if field in found.before):
         scores = f"{100 * found.before[field]:.2f} % before, {100 * found.after[field]:.2f} % after"
-        rows.append((name, f"{scores}, of {found.images:,} test images"))
+        rows.append((name, f"{scores}, of {found.images:,} {subject.TESTED}"))
     return rows
 
 
@@ -123,7 +123,7 @@ def energy_fact(subject: Exportable) -> tuple[str, str]:
     """The line about the energy of one image."""
     found = subject.summary
     ann = f"{short(found.ann_energy_mj)} mJ as an ANN"
-    return "Energy", f"{short(found.energy_mj)} mJ an image ({ann}, {found.energy_convention})"
+    return "Energy", f"{short(found.energy_mj)} mJ {subject.EACH} ({ann}, {found.energy_convention})"
 
 
 def size_fact(subject: Exportable, file: Path) -> tuple[str, str]:

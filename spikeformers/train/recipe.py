@@ -272,6 +272,17 @@ def refuse_segmentation(recipe: Recipe, task: str) -> None:
             raise ValueError(f"segmentation.{name}={value} is of no use in {task}: leave it out")
 
 
+def refuse_clips(recipe: Recipe) -> None:
+    """Raises ValueError for settings that work on pictures only, in a recipe of event clips."""
+    for name, value in (
+        ("pretrain.mask_ratio", recipe.pretrain.mask_ratio),
+        ("distill.teacher", recipe.distill.teacher),
+        ("fgd.teacher", recipe.fgd.teacher),
+    ):
+        if value:
+            raise ValueError(f"{name}={value} works on pictures, and {recipe.data.source} gives clips: leave it out")
+
+
 _USUAL_NAMES = {  # last word of a path, as other programs have it -> what to say
     "learning_rate": "closest: optim.lr",
     "num_epochs": "closest: epochs",

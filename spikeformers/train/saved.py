@@ -81,7 +81,7 @@ def read_classifier(run: Path) -> tuple[nn.Module, Recipe, tuple[str, ...]]:
     model, recipe, classes = read_run(run)
     if not isinstance(recipe.data, ImageData):
         raise ValueError(
-            f"{run} gives no class to a picture as a whole; this is for classifiers. Few bits: train it again with "
+            f"{run} is of {recipe.data.source}, and this is for classifiers of pictures. Few bits: train it again with "
             f"quantize.bits and init.backbone={run}"
         )
     return model, recipe, classes

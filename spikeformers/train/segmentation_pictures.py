@@ -50,6 +50,12 @@ def shares_of(labels: Tensor) -> list[tuple[int, float]]:
     return [(int(found[i]), int(counts[i]) / labels.numel()) for i in order]
 
 
+def page_factor(picture: Tensor) -> int:
+    """How many times a picture [C,H,W] must be enlarged to be as wide as a page; high ones stay within four pages."""
+    height, width = picture.shape[1:]
+    return max(1, min(-(-PAGE // width), 4 * PAGE // height))
+
+
 def enlarged(pixels: Tensor, factor: int) -> Tensor:
     """[C,H,W] with every pixel `factor` times in either direction."""
     return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -60,7 +66,7 @@ def with_legend(picture: Tensor, entries: Sequence[tuple[str, Tensor]]) -> Image
 
     Pictures narrower than a page are enlarged by a whole factor.
     """
-    picture = enlarged(picture, -(-PAGE // picture.shape[2]))
+    picture = enlarged(picture, page_factor(picture))
     height, width = picture.shape[1:]
     line, column, letter, gap = _scaled(_LINE, _COLUMN, _LETTER, 4, width=width)
     columns = width // column

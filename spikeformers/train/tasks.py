@@ -33,7 +33,7 @@ from spikeformers.train.detection import ObjectDetection
 from spikeformers.train.evaluate import Evaluation, batches_of, evaluate
 from spikeformers.train.parallel import local_bn
 from spikeformers.train.pretraining import MaskedModelling
-from spikeformers.train.recipe import Distill, FineGrained, Recipe, refuse_segmentation
+from spikeformers.train.recipe import Distill, FineGrained, Recipe, refuse_clips, refuse_segmentation
 from spikeformers.train.saved import read_trained
 from spikeformers.train.segmentation import SemanticSegmentation
 from spikeformers.train.summary import finish
@@ -203,6 +203,8 @@ def build_task(recipe: Recipe, *, split: Split, device: torch.device) -> Task:
         return SemanticSegmentation(recipe, split=split, device=device)
     if isinstance(recipe.data, DetectionData):
         return ObjectDetection(recipe, split=split)
+    if isinstance(recipe.data, EventData):
+        refuse_clips(recipe)
     refuse_segmentation(recipe, "pre-training" if recipe.pretrain.mask_ratio else "classification")
     if recipe.pretrain.mask_ratio:
         if recipe.quantize.chosen() is not None or recipe.fgd.teacher:

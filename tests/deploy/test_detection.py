@@ -266,3 +266,12 @@ def test_an_onnx_file_gives_what_no_choice_of_boxes_is_needed_for(detector, unch
     found = session.run(None, {"images": images[:1].numpy()})  # the batch is free
     for got, wanted in zip(found, named_outputs(model(images[:1])).values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=0, atol=FLOAT32)
+
+
+def test_a_file_whose_masks_would_fill_the_memory_is_refused(detector, tmp_path):
+    model = detector("mask_rcnn", neuron="i_lif", steps=1, limit=100)
+    engine = integer(model, torch.randn(1, 3, 64, 64))
+    large = Letterbox(window=(4096, 4096), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(ValueError, match=r"limit=\d+ masks of window=\(4096, 4096\) are [\d,]+ pixels"):
+        sf.deploy.save(engine, tmp_path / "model.spk", preprocessing=large)
+    assert not any(tmp_path.iterdir())

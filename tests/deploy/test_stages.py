@@ -37,6 +37,14 @@ def test_the_first_stage_knows_its_steps(detector):
     assert first_stage(detector("mask_rcnn", neuron="lif", steps=3)).steps == 3
 
 
+def test_the_first_stage_is_in_the_mode_of_its_network_and_can_be_compared(detector, pictures):
+    model = detector("mask_rcnn", neuron="i_lif", steps=1).eval()
+    assert not first_stage(model).training
+    assert first_stage(model.train()).training
+    engine = integer(model.eval(), pictures)
+    assert first_stage(engine).compare(first_stage(model).double(), pictures).total == 2
+
+
 def test_a_network_of_one_stage_has_no_first_one(detector, pictures):
     with pytest.raises(ValueError, match="Detector has no second stage: export it as it is"):
         first_stage(detector("yolo"))

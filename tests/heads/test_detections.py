@@ -22,6 +22,12 @@ def test_detections_match_by_class_and_box_each_once():
     assert matched(found, boxes(labels=[])) == 0
 
 
+def test_no_pair_is_lost_to_a_box_that_fits_two():
+    found = boxes((0, 0, 10, 10), (0, 0, 10, 15), labels=[0, 0])
+    other = boxes((0, 0, 10, 12), (0, 0, 10, 7), labels=[0, 0])  # the second one meets the first of `found` alone
+    assert matched(found, other) == 2
+
+
 def test_boxes_are_the_same_from_half_an_overlap_on():
     wide = boxes((0, 0, 10, 20), labels=[0])
     assert matched(boxes((0, 0, 10, 10), labels=[0]), wide) == 1  # an IoU of 1/2

@@ -14,8 +14,9 @@ from spikeformers.data.splits import load_split
 from spikeformers.train.clips import step_by_step, stream
 from spikeformers.train.evaluate import batches_of, evaluate
 from spikeformers.train.loop import build_model, train
-from spikeformers.train.recipe import ModelChoice, Optim, Recipe, Testing
+from spikeformers.train.recipe import ModelChoice, Optim, Pretrain, Recipe, Testing
 from spikeformers.train.report import write_report
+from spikeformers.train.tasks import build_task
 
 TINY = {"dim": 16, "depth": 1, "heads": 2, "patch_size": 8}
 
@@ -54,6 +55,28 @@ def test_a_stream_gives_after_the_last_frame_what_the_whole_clip_gives(neuron):
     assert len(steps) == 4
     torch.testing.assert_close(steps[1], first, rtol=0, atol=1e-12)  # sums in another order
     torch.testing.assert_close(steps[3], whole, rtol=0, atol=1e-12)
+
+
+def test_between_frames_the_caller_keeps_its_gradients():
+    model = settled(2)
+    frames = stream(model, torch.rand(2, 1, 2, 32, 32, dtype=torch.float64))
+    next(frames)
+    assert torch.is_grad_enabled()
+    frames.close()
+    assert model.steps == 2
+
+
+@pytest.mark.parametrize("group", ["distill", "fgd"])
+def test_what_works_on_pictures_only_is_refused(group):
+    teacher = replace(getattr(recipe(), group), teacher="resnet10t")
+    with pytest.raises(ValueError, match=rf"{group}.teacher=resnet10t works on pictures, and digits_dvs gives clips"):
+        build_task(replace(recipe(), **{group: teacher}), split=None, device=torch.device("cpu"))
+
+
+def test_masked_pre_training_of_clips_is_refused():
+    masked = replace(recipe(), pretrain=Pretrain(mask_ratio=0.5))
+    with pytest.raises(ValueError, match=r"pretrain.mask_ratio=0.5 works on pictures, and digits_dvs gives clips"):
+        build_task(masked, split=None, device=torch.device("cpu"))
 
 
 def test_accuracy_by_step_ends_at_that_of_whole_clips_and_rates_are_those_of_each_frame():
@@ -126,6 +149,18 @@ def test_a_run_of_clips_tells_accuracy_and_firing_by_step(tmp_path):
     assert "Accuracy by step, %" in page
     assert "Firing by step, %" in page
     assert page.count("data:image/png") >= 12  # event pictures
+
+
+def test_training_and_test_clips_of_different_frames_are_refused(tmp_path):
+    for split, rows in (("train", 34), ("test", 36)):
+        for name in ("a", "b"):
+            path = tmp_path / split / name / "0.txt"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"34 {rows}\n1 2 3 1\n")
+    folder = recipe(data=EventData(source="eventfolder", root=str(tmp_path), steps=3), batch_size=2)
+    message = r"training clips have frames of \(34, 34\) .*, test clips of \(36, 34\): set data.size"
+    with pytest.raises(ValueError, match=message):
+        train(folder, run=tmp_path / "run")
 
 
 def test_a_run_of_clips_resumes_to_the_same_weights(tmp_path):

@@ -136,6 +136,11 @@ def test_only_certain_detections_are_drawn_each_in_its_colour():
     assert torch.equal(marked(bare, boxes(labels=[]), classes=("a",), colours=COLOURS), bare)
 
 
+def test_a_narrow_picture_stays_within_four_pages():
+    page = marked(torch.zeros(3, 4000, 2, dtype=torch.uint8), boxes(labels=[]), classes=("a",), colours=COLOURS)
+    assert page.shape == (3, 4000, 2)
+
+
 def test_masks_are_drawn_under_their_boxes():
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
     masks[0, 40:, 40:] = True

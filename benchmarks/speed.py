@@ -4,7 +4,8 @@ Both networks are one object, built once and deep-copied; in the copy every neur
 or ILIFNode behind an adapter that unfolds [T*B, ...] to [T, B, ...]. Before anything is timed, both must give equal
 spikes and equal logits. A training step is forward, cross-entropy and backward, without an optimiser; spikingjelly's
 `reset_net` belongs to its time, since its neurons keep their state until it is called. Repeats are interleaved (ours
-first, theirs first, in turn), so that other load on the machine falls on both.
+first, theirs first, in turn), so that other load on the machine falls on both. Before them stands a neuron alone,
+forward and backward, as it runs and as its readable loop.
 
     pip install "spikingjelly>=2.0,<2.1" && python benchmarks/speed.py --threads 2 --json benchmarks/results/speed.json
 """
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 import spikeformers as sf
+from spikeformers import kernels
 from spikeformers.neurons import ILIF, LIF, Neuron
 
 
@@ -193,7 +196,7 @@ def compare(ours: Callable[[], None], theirs: Callable[[], None], *, repeats: in
     }
 
 
-def saved_mib(model: nn.Module, images: Tensor) -> float:
+def saved_mib(model: nn.Module, images: Tensor, *, readable: bool = False) -> float:
     """MiB that a forward pass in train mode keeps for backward, parameters not counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -205,13 +208,55 @@ def saved_mib(model: nn.Module, images: Tensor) -> float:
         return tensor
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, kernels.readable() if readable else nullcontext():
         logits = model(images)
     for module in model.modules():
         if isinstance(module, Peer):
             module.node.reset()
     del logits
     return round(sum(kept.values()) / 2**20, 1)
+
+
+def neuron_step(module: nn.Module, currents: Tensor, upstream: Tensor, *, readable: bool) -> Callable[[], None]:
+    """A function of no arguments: forward and backward of one neuron, which starts from rest."""
+
+    def step() -> None:
+        currents.grad = None
+        with kernels.readable() if readable else nullcontext():
+            module(currents).backward(upstream)
+        if isinstance(module, Peer):
+            module.node.reset()
+
+    return step
+
+
+def run_neurons(shape: list[int], *, device: torch.device, repeats: int) -> list[dict]:
+    """Rows of LIF alone at four steps, [T*B, C, H, W]: as it runs, and its readable loop, against spikingjelly's."""
+    ours = LIF(steps=4)
+    theirs = peer_of(ours)
+    currents = (1.5 * torch.randn(shape, device=device)).requires_grad_()
+    upstream = torch.randn(shape, device=device)
+    peer = neuron_step(theirs, currents, upstream, readable=False)
+    peer()
+    wanted = currents.grad
+    rows = []
+    for what, readable in (("neuron", False), ("neuron, loop", True)):
+        step = neuron_step(ours, currents, upstream, readable=readable)
+        step()
+        torch.testing.assert_close(currents.grad, wanted, rtol=1e-4, atol=1e-5)
+        row = compare(step, peer, repeats=repeats, device=device)
+        row["ours_saved_mib"], row["theirs_saved_mib"] = (
+            saved_mib(module, currents.detach().requires_grad_(), readable=readable) for module in (ours, theirs)
+        )
+        print(
+            f"{'x'.join(map(str, shape)):22}{'lif T=4':14}{what:12}{row['ours_ms']:>8.1f}ms{row['theirs_ms']:>8.1f}ms"
+            f"{row['ratio']:>8.3f}{row['ratio_of_fastest']:>9.3f}"
+            f"{row['ours_saved_mib']:>10.1f}{row['theirs_saved_mib']:>10.1f}",
+            flush=True,
+        )
+        rows.append({"model": shape, "neuron": "lif", "steps": 4, "what": what, **row})
+    return rows
 
 
 def hardware() -> str:
@@ -233,6 +278,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--currents", type=int, nargs=4, default=[32, 64, 56, 56], help="shape T*B C H W for the neuron alone"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     return parser.parse_args()
@@ -269,7 +317,8 @@ def main() -> None:
         f"{'model':22}{'neuron':14}{'what':12}{'ours':>10}{'theirs':>10}{'ratio':>8}  fastest  saved for backward, MiB"
     )
     load_before = os.getloadavg()[0]
-    rows, checks = [], {}
+    device = torch.device(options.device)
+    rows, checks = run_neurons(options.currents, device=device, repeats=2 * options.repeats), {}
     for name in options.models:
         for case in CASES:
             found, checks[f"{name} {case}"] = run_case(name, case, images, repeats=options.repeats)

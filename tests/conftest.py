@@ -17,6 +17,8 @@ CHECKED = (
     *("neurons.integer", "neurons.lif", "neurons.neuron", "neurons.steps", "layers", "attention", "backbones", "heads"),
     *("quantize.convert", "quantize.prepare"),
 )
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read while kernels are defined: on a CPU they are interpreted
 jaxtyping.install_import_hook([f"spikeformers.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikeformers import kernels
 from spikeformers.neurons.neuron import Neuron
 from spikeformers.neurons.surrogate import round_half_even, round_half_up
 
@@ -68,6 +69,19 @@ class _IntegerNeuron(Neuron):
     def discharge(self, h: Tensor, spikes: Tensor) -> Tensor:
         """H[t] = decay * (U[t] - n[t])."""
         return self.decay * (h - spikes / self.unit)
+
+    def form(self) -> kernels.IntegerForm | None:
+        owner = next((each for each in (ILIF, NILIF, IELIF) if isinstance(self, each)), None)
+        if owner is None or isinstance(self.threshold, Tensor) or not self.defined_by(owner):
+            return None
+        return kernels.IntegerForm(
+            levels=self.levels,
+            unit=self.unit,
+            threshold=self.threshold,
+            gain=getattr(self, "gain", 1.0),
+            half_up=owner is IELIF,
+            decay=self.decay,
+        )
 
 
 class ILIF(_IntegerNeuron):

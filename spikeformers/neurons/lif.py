@@ -7,8 +7,11 @@ default here, because the published accuracies come from it), so at T=1 a neuron
 
 from torch import Tensor
 
+from spikeformers import kernels
 from spikeformers.neurons.neuron import Neuron
-from spikeformers.neurons.surrogate import Sigmoid, Surrogate
+from spikeformers.neurons.surrogate import ATan, Rectangle, Sigmoid, Surrogate
+
+IN_KERNELS: dict[type, kernels.SurrogateName] = {Sigmoid: "sigmoid", ATan: "atan", Rectangle: "rectangle"}
 
 
 class LIF(Neuron):
@@ -62,3 +65,18 @@ class LIF(Neuron):
             return h - self.threshold * s
         kept = h * (1 - s)
         return kept + self.v_reset * s if self.v_reset else kept
+
+    def form(self) -> kernels.LIFForm | None:
+        surrogate = IN_KERNELS.get(type(self.surrogate))
+        if surrogate is None or isinstance(self.threshold, Tensor) or not self.defined_by(LIF):
+            return None
+        (slope,) = vars(self.surrogate).values()
+        return kernels.LIFForm(
+            tau=self.tau,
+            threshold=self.threshold,
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            detach_reset=self.detach_reset,
+            surrogate=surrogate,
+            slope=slope,
+        )

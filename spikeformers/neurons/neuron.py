@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spikeformers import kernels
 from spikeformers.neurons.steps import Temporal
 
 LARGEST_LEVELS = 255  # counts are handed on as uint8
@@ -45,8 +46,25 @@ class Neuron(Temporal):
         """v[t], what the spikes leave of h[t]."""
         raise TypeError(f"{type(self).__name__} must define discharge()")
 
+    def defined_by(self, owner: type["Neuron"]) -> bool:
+        """Whether this neuron's equations are those of `owner`, so that constants of `owner` describe it."""
+        mine = type(self)
+        return all(getattr(mine, name) is getattr(owner, name) for name in ("charge", "spike", "discharge", "loop"))
+
+    def form(self) -> kernels.LIFForm | kernels.IntegerForm | None:
+        """The constants of this neuron for a fast form equal to `loop`; None where there is none."""
+        return None
+
     def forward(self, current: Tensor) -> Tensor:
         """currents [T*B, ...] -> spikes [T*B, ...] in the dtype of the input; membranes in float32 or wider."""
+        form = self.form() if self.stream is None else None
+        if form is None or (self.carries and current.shape[0] % self.steps):
+            return self.loop(current)
+        spikes = kernels.run(current, form, steps=self.steps, loop=self.loop)
+        return self.loop(current) if spikes is None else spikes
+
+    def loop(self, current: Tensor) -> Tensor:
+        """What `forward` computes, step by step: the definition, with which every fast form is compared."""
         dtype = current.dtype
         slices = as_membrane(current)
         if not self.carries:

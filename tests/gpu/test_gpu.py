@@ -1,6 +1,7 @@
 """What only a device can show: spikes as on the CPU, training in bfloat16, one compiled graph, energy, integers."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,21 @@ from spikeformers.backbones.meta_spikeformer import ANN_TWIN
 from spikeformers.deploy import integer
 from spikeformers.deploy.counts import IntegerConv
 from spikeformers.distill import FineGrainedDistillation
-from spikeformers.neurons import ILIF, LIF, build_neuron
+from spikeformers.neurons import IELIF, ILIF, LIF, NILIF, ATan, Rectangle, build_neuron
 from spikeformers.pretrain import MAE
 from spikeformers.quantize import convert, fake_quantize, prepare
 from spikeformers.train.tasks import Classification
 
 pytestmark = pytest.mark.gpu
+
+KERNEL_NEURONS = {
+    "lif": LIF,
+    "lif_soft": partial(LIF, v_reset=None, detach_reset=False, surrogate=ATan()),
+    "lif_rest": partial(LIF, v_reset=0.25, tau=3.0, threshold=0.7, decay_input=False, surrogate=Rectangle()),
+    "i_lif": ILIF,
+    "ni_lif_decay": partial(NILIF, decay=0.5),
+    "ie_lif_decay": partial(IELIF, decay=0.9),
+}
 
 
 @pytest.fixture
@@ -189,3 +199,84 @@ def test_a_student_learns_from_its_twin(cuda):
     assert torch.isfinite(loss)
     assert all(torch.isfinite(each.grad).all() for each in student.parameters() if each.grad is not None)
     assert any(each.grad.any() for name, each in student.named_parameters() if name.endswith("q_conv.pw1.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("build", KERNEL_NEURONS.values(), ids=KERNEL_NEURONS)
+def test_a_triton_kernel_gives_the_spikes_and_gradients_of_the_loop(cuda, build, steps, dtype):
+    neuron = build(steps=steps)
+    x = (torch.randn(steps * 3, 5, 7, 9, device=cuda) * 3).to(dtype).to(memory_format=torch.channels_last)
+    upstream = torch.randn(x.shape, device=cuda).to(dtype)
+    results = []
+    for run in (neuron, neuron.loop):
+        leaf = x.clone().requires_grad_()
+        spikes = run(leaf)
+        spikes.backward(upstream)
+        results.append((spikes.detach(), leaf.grad))
+    (spikes, grad), (wanted, wanted_grad) = results
+    assert torch.equal(spikes, wanted)
+    assert spikes.any()
+    tolerance = 1e-12 if dtype == torch.float64 else max(1e-5, torch.finfo(dtype).eps)  # one rounding apart
+    torch.testing.assert_close(grad, wanted_grad, rtol=tolerance, atol=tolerance)
+
+
+def test_norm_and_residual_inside_a_kernel_equal_those_in_front(cuda):
+    lif, neuron = pytest.importorskip("spikeformers.kernels.lif"), LIF(steps=2)
+    leaves = [torch.randn(6, 5, 4, 3), torch.rand(5) + 0.5, torch.randn(5), torch.randn(6, 5, 4, 3)]
+    leaves = [leaf.to(cuda).requires_grad_() for leaf in leaves]
+    current, scale, shift, residual = leaves
+    upstream = torch.randn_like(current)
+    wanted = neuron.loop(current * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual)
+    found = lif.lif(current, form=neuron.form(), steps=2, scale=scale, shift=shift, residual=residual)
+    assert torch.equal(found, wanted)
+    for one, other in zip(*(torch.autograd.grad(each, leaves, upstream) for each in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums over a channel in another order
+
+
+def milliseconds(run) -> float:
+    """Median of twenty runs by the device's own clock."""
+    times = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[5:])[10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_reach_four_fifths_of_the_bandwidth_of_a_copy(cuda, dtype):
+    lif, integer = (pytest.importorskip(f"spikeformers.kernels.{name}") for name in ("lif", "integer"))
+    x, upstream = (torch.randn(4 * 32, 256, 64, 64, device=cuda).to(dtype) for _ in range(2))
+    one = x.numel() * x.element_size()
+    copied = 2 * one / milliseconds(lambda: torch.empty_like(x).copy_(x))
+    none, fired, staircase = (None, None, None), LIF(steps=4).form(), ILIF(levels=4).form()
+    windows = integer.launch_forward(x, *none, form=staircase, steps=1)[1]
+    runs = {
+        "lif": (2 * one, lambda: lif.launch_forward(x, *none, form=fired, steps=4)),
+        "lif backward": (3 * one, lambda: lif.launch_backward(upstream, x, *none, form=fired, steps=4)),
+        "integer": (2 * one + x.numel(), lambda: integer.launch_forward(x, *none, form=staircase, steps=1)),
+        "integer backward": (
+            2 * one + x.numel(),
+            lambda: integer.launch_backward(upstream, windows, form=staircase, steps=1, dtype=dtype),
+        ),
+    }
+    shares = {name: moved / milliseconds(run) / copied for name, (moved, run) in runs.items()}
+    assert min(shares.values()) >= 0.8, shares
+
+
+@pytest.mark.parametrize("name", ["lif", "i_lif"])
+def test_a_compiled_neuron_is_one_graph_with_the_kernel_in_it(cuda, name, unchecked):
+    pytest.importorskip("triton")
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    neuron, x = build_neuron(name, steps=2), torch.randn(4, 16, device=cuda) * 3
+    assert torch.equal(torch.compile(neuron, fullgraph=True, backend=backend)(x), neuron.loop(x))
+    assert any("spikeformers" in target for target in seen), seen

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from spikeformers.data import digits, sources
 from spikeformers.data.augment import Augment, Normalise, TrainTransform, seeded, to_pixels
 from spikeformers.data.decode import UnreadablePictureError, decode
+from spikeformers.data.streamed import StreamedPictures
 from spikeformers.neurons.suggest import closest
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ class ImageSplit(Dataset):
 
     A training picture is a function of (seed, epoch, index) alone, in any process and order; a plain index means epoch
     0.  Global random states are as before afterwards.  `.classes` names, `.labels` int64 [N] and `.names` (file or
-    row) go by index; `.skipped` lists what could not be read and was left out.
+    row) go by index; `.skipped` lists what could not be read and was left out.  `.shuffled`, if there is one, is the
+    order that the sampler needs since pictures are streamed.
 
     Raises UnreadablePictureError (a ValueError) naming the file; at access if the set does not fit into memory.
     """
@@ -125,6 +127,8 @@ class ImageSplit(Dataset):
             with ThreadPoolExecutor() as pool:
                 self._keep(np.array(list(pool.map(self._readable, range(len(listing.labels)))), dtype=bool))
         self.labels, self.names = self._listing.labels, self._listing.names
+        pictures = self._listing.sources
+        self.shuffled = pictures.shuffled if isinstance(pictures, StreamedPictures) else None
         if not len(self.labels):
             raise ValueError(f"no picture of {spec.source} {spec.root} could be read; first: {self.skipped[0]}")
 

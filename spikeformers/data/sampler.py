@@ -1,6 +1,6 @@
 """The order of training samples as a function of (seed, epoch), from any position: what bit-equal resuming needs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,12 +13,22 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     Each rank takes whole batches in turn (batch k*world + rank), so `world` ranks see at step k what one process sees
     in `world` accumulated batches.  An incomplete last round is dropped.
+    `shuffled` draws another order of all samples than a permutation, for data that can only be read in parts.
     Length and iteration count from the position; `set_position` must be called for each new epoch.
 
     Raises ValueError for a rank outside the world, or if there is not one whole round.
     """
 
-    def __init__(self, length: int, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffled: Callable[[np.random.RandomState], np.ndarray] | None = None,
+    ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank must lie between 0 and world - 1 = {world - 1}, got {rank}")
         if batch_size < 1:
@@ -29,7 +39,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
                 "lower the batch size"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.shuffled = rank, world, shuffled
         self.epoch = self.start = 0
 
     def set_position(self, epoch: int, start: int = 0) -> None:
@@ -39,7 +49,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     def order(self) -> np.ndarray:
         """All of this rank's sample indices of the present epoch, int64, from the epoch's beginning."""
         # RandomState, not default_rng: its stream is frozen, so orders survive new versions of numpy.
-        everything = np.random.RandomState(seed_of(self.seed, self.epoch, "order")).permutation(self.length)
+        random = np.random.RandomState(seed_of(self.seed, self.epoch, "order"))
+        everything = self.shuffled(random) if self.shuffled else random.permutation(self.length)
         whole = self.length - self.length % (self.batch_size * self.world)
         return everything[:whole].reshape(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
 

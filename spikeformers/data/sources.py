@@ -4,9 +4,9 @@ Folder layouts: ROOT/train/CLASS/*.jpg beside ROOT/test or ROOT/val; or ROOT/CLA
 fixed permutation of each class, the same for every seed.  Parquet: Hugging Face's layout, see `parquet`."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,9 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from spikeformers.data.events import Events
+from spikeformers.data.streamed import RowGroup, RowNames, StreamedPictures, opened_parquet
 
+ENCODED_LIMIT = 2**30  # bytes of encoded pictures of a split of parquet files that are held in memory
 HELD_OUT = 0.2  # of each class, where a folder has no split of its own
 _TESTS = ("test", "val", "valid", "validation")
 FOLDERS = {"imagefolder": _TESTS, "imagenet": ("val", "validation"), "eventfolder": _TESTS}
@@ -54,6 +56,8 @@ class Listing:
 
     def chosen(self, indices: np.ndarray) -> "Listing":
         """The same listing with only these samples."""
+        if isinstance(self.sources, StreamedPictures):
+            return _streamed(self.classes, self.labels[indices], self.sources.chosen(indices))
         kept = indices.tolist()
         return Listing(
             self.classes, self.labels[indices], [self.sources[i] for i in kept], [self.names[i] for i in kept]
@@ -180,33 +184,54 @@ def parquet(root: str, split: str, *, limit: int) -> Listing:
     """ROOT/train*.parquet and ROOT/test*.parquet (or valid*, val*), or these in a folder of ROOT, as on the hub.
 
     Columns: see `_columns`.  `limit` takes the first rows and reads no row group behind them.  Encoded pictures stay in
-    memory.
-    Raises ValueError for missing files, columns or labels.
+    memory, unless they are more than ENCODED_LIMIT: then they are streamed.
+    Raises ValueError for missing files, columns or labels, and for row groups too large to be streamed.
     """
     top = existing(root, "parquet")
     files = _parquet_files(top, ("train",) if split == "train" else PARQUET_TESTS)
-    groups: list[pa.Table] = []
+    groups: list[RowGroup] = []
     for file in files:
-        with _opened(file) as reader:
+        with opened_parquet(file) as reader:
             columns = _columns(reader.schema_arrow, file)
             names = _class_names(reader.schema_arrow, columns[1])
-            for group in range(reader.num_row_groups):
-                if not limit or sum(table.num_rows for table in groups) < limit:
-                    found = reader.read_row_group(group, columns=columns)
-                    groups.append(found.select(columns).rename_columns(["image", "label"]))
-    table = pa.concat_tables(groups).slice(0, limit or None)
+            for number in range(reader.num_row_groups):
+                if not limit or sum(group.rows for group in groups) < limit:
+                    groups.append(_row_group(reader, file, number, columns[0]))
+    streams = sum(group.size for group in groups) > ENCODED_LIMIT
+    table = _rows(groups, ("label",) if streams else ("image", "label")).slice(0, limit or None)
     if not table.num_rows:
         raise ValueError(f"{files[0]} holds no rows")
-    return _listing(table, names or _numbered_classes(top), files[0])
+    classes = names or _numbered_classes(top)
+    labels = _labels(table, classes, files[0])
+    if streams:
+        return _streamed(classes, labels, StreamedPictures(groups).chosen(np.arange(len(labels))))
+    images = [image or {} for image in table.column("image").to_pylist()]
+    names = [f"row {row} of {files[0]} ({image.get('path') or 'no name'})" for row, image in enumerate(images)]
+    return Listing(classes, labels, [image.get("bytes") or b"" for image in images], names)
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(file) as reader:
-            yield reader
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no readable parquet file: {error}".replace("\n", " ")) from error
+def _streamed(classes: tuple[str, ...], labels: np.ndarray, pictures: StreamedPictures) -> Listing:
+    return Listing(classes, labels, pictures, RowNames(pictures))
+
+
+def _row_group(reader: pq.ParquetFile, file: Path, number: int, image: str) -> RowGroup:
+    described = reader.metadata.row_group(number)
+    chunks = [described.column(index) for index in range(described.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == f"{image}.bytes")
+    return RowGroup(file, number, image, described.num_rows, size)
+
+
+def _rows(groups: Sequence[RowGroup], wanted: tuple[str, ...]) -> pa.Table:
+    """Columns "image" and "label", or one of them, of all these row groups."""
+    tables = []
+    for file, members in groupby(groups, key=lambda group: group.file):
+        with opened_parquet(file) as reader:
+            named = dict(zip(("image", "label"), _columns(reader.schema_arrow, file), strict=True))
+            columns = [named[name] for name in wanted]
+            for group in members:
+                found = reader.read_row_group(group.number, columns=columns)
+                tables.append(found.select(columns).rename_columns(wanted))
+    return pa.concat_tables(tables)
 
 
 def _parquet_files(top: Path, prefixes: tuple[str, ...]) -> list[Path]:
@@ -255,17 +280,15 @@ def _numbered_classes(top: Path) -> tuple[str, ...]:
     """ "0", "1", ... up to the largest label of the whole training split, so that every split and prefix agree."""
     largest = 0
     for file in _parquet_files(top, ("train", *PARQUET_TESTS)):
-        with _opened(file) as reader:
+        with opened_parquet(file) as reader:
             label = _columns(reader.schema_arrow, file)[1]
             largest = max(largest, pc.max(reader.read(columns=[label]).column(label)).as_py() or 0)
     return tuple(map(str, range(largest + 1)))
 
 
-def _listing(table: pa.Table, classes: tuple[str, ...], file: Path) -> Listing:
+def _labels(table: pa.Table, classes: tuple[str, ...], file: Path) -> np.ndarray:
     labels = table.column("label").fill_null(-1).to_numpy().astype(np.int64)
     if labels.min() < 0 or labels.max() >= len(classes):
         worst = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"{file} has label {worst}, outside its {len(classes)} classes: is this split unlabelled?")
-    images = [image or {} for image in table.column("image").to_pylist()]
-    names = [f"row {row} of {file} ({image.get('path') or 'no name'})" for row, image in enumerate(images)]
-    return Listing(classes, labels, [image.get("bytes") or b"" for image in images], names)
+    return labels

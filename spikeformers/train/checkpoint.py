@@ -1,6 +1,7 @@
 """Checkpoints that a crash cannot spoil: written under a hidden name, forced to disk, then renamed in one step.
 
-`ROOT/epoch-0003/` holds `model.safetensors`, `training.pt` (tensors only, read with `weights_only`) and `state.json`.
+`ROOT/epoch-0003/` holds `model.safetensors`, `training.pt` (tensors only, read with `weights_only`) and `state.json`;
+under FSDP every process has a file of tensors of its own instead (sharded.py).
 A folder with that name is complete by construction; hidden folders are leftovers of a crash and are swept away.
 """
 
@@ -9,11 +10,13 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
+WEIGHTS = "model.safetensors"
 _HIDDEN = ".tmp-"
 
 
@@ -23,18 +26,25 @@ def save(root: Path, name: str, *, model: dict, training: dict, state: dict) -> 
     `model` is a state dict, `training` nested dicts of tensors and plain values (optimiser, averaged weights), `state`
     a JSON object. Raises OSError (full disk, no permission) and leaves earlier checkpoints as they were.
     """
+    weights = {key: value.detach().contiguous().clone() for key, value in model.items()}
+    with written(root, name) as hidden:
+        _write(hidden / WEIGHTS, safetensors.torch.save(weights))
+        write_rest(hidden, training=training, state=state)
+    return root / name
+
+
+@contextlib.contextmanager
+def written(root: Path, name: str) -> Iterator[Path]:
+    """A hidden folder to write into; where the block ends, it becomes the checkpoint `root/name` in one step.
+
+    Raises OSError, naming the last good checkpoint, where the block does; then nothing of it stays.
+    """
     root.mkdir(parents=True, exist_ok=True)
     hidden = root / f"{_HIDDEN}{name}-{os.getpid()}"
     final = root / name
-    # Serialised in memory first: then only plain writes can fail, and they say why (a torch archive would not).
-    packed = io.BytesIO()
-    torch.save(training, packed)
-    weights = {key: value.detach().contiguous().clone() for key, value in model.items()}
     try:
         hidden.mkdir(exist_ok=True)
-        _write(hidden / "model.safetensors", safetensors.torch.save(weights))
-        _write(hidden / "training.pt", packed.getbuffer())
-        _write(hidden / "state.json", json.dumps(state).encode())
+        yield hidden
         _sync_folder(hidden)
         if final.exists():
             remove(final)
@@ -45,7 +55,15 @@ def save(root: Path, name: str, *, model: dict, training: dict, state: dict) -> 
         kept = newest(root)
         rest = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
         raise OSError(error.errno, f"cannot save the checkpoint {final}: {error.strerror}; {rest}") from error
-    return final
+
+
+def write_rest(folder: Path, *, training: dict, state: dict) -> None:
+    """All of a checkpoint but its weights. Raises OSError."""
+    # Serialised in memory first: then only plain writes can fail, and they say why (a torch archive would not).
+    packed = io.BytesIO()
+    torch.save(training, packed)
+    _write(folder / "training.pt", packed.getbuffer())
+    _write(folder / "state.json", json.dumps(state).encode())
 
 
 def write_json(path: Path, content: object) -> None:
@@ -73,17 +91,29 @@ def read_json(path: Path) -> dict:
 
 def load(folder: Path) -> tuple[dict, dict, dict]:
     """The `(model, training, state)` that `save` was given, tensors on the CPU. Raises ValueError if damaged."""
-    try:
-        model = safetensors.torch.load_file(folder / "model.safetensors")
+    with damage_named(folder):
+        model = safetensors.torch.load_file(folder / WEIGHTS)
+    return model, *load_rest(folder)
+
+
+def load_rest(folder: Path) -> tuple[dict, dict]:
+    """The `(training, state)` that `write_rest` was given. Raises ValueError if damaged."""
+    with damage_named(folder):
         training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return training, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Turns what reading a damaged checkpoint raises into a ValueError that names it."""
+    try:
+        yield
     except OSError:
         raise
     except Exception as error:
         raise ValueError(
             f"the checkpoint {folder} is damaged ({error}); delete it to go on from an earlier one"
         ) from error
-    return model, training, state
 
 
 def complete(root: Path) -> list[Path]:

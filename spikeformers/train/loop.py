@@ -32,9 +32,10 @@ from spikeformers.train.evaluate import batches_of, firing_rates
 from spikeformers.train.interrupt import StopRequest
 from spikeformers.train.logs import Logs
 from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
-from spikeformers.train.parallel import sync_bn
+from spikeformers.train.parallel import Replicated, sync_bn
 from spikeformers.train.progress import Display
 from spikeformers.train.recipe import Recipe, differences, from_json, to_json
+from spikeformers.train.sharded import Sharded, fsdp_asked
 from spikeformers.train.silent import FIRST, cure, described, silent_neurons
 from spikeformers.train.summary import AnySummary, read_summary
 from spikeformers.train.tasks import Result, build_task
@@ -117,12 +118,12 @@ def build_model(recipe: Recipe, *, num_classes: int, in_channels: int) -> nn.Mod
 
 
 def _accelerator() -> Accelerator:
-    """One process a device, each with the whole network, in the recipe's precision whatever the launcher was told."""
-    for plugin, name in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+    """One process a device, in the recipe's precision whatever the launcher was told."""
+    for plugin, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
             raise ValueError(
-                f"{name} is not supported yet (ACCELERATE_USE_{plugin}=true): every process holds the whole network; "
-                "launch without it, for example with `accelerate launch --multi_gpu` or `torchrun`"
+                f"{name} is not supported (ACCELERATE_USE_{plugin}=true): launch without it, with `accelerate launch "
+                "--multi_gpu` or `torchrun`, or with `--use_fsdp --fsdp_version 2` to cut the network over processes"
             )
     return Accelerator(mixed_precision="no")
 
@@ -154,6 +155,7 @@ class _Work:
 
     def __init__(self, recipe: Recipe, run: Path, accelerator: Accelerator, *, fresh: bool = True):
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
+        self.placement = Sharded(accelerator) if fsdp_asked() else Replicated(accelerator)
         self.checkpoints = run / "checkpoints"
         self.epoch = self.step = self.log_bytes = 0
         self.loss_sum = self.seconds = self.epoch_seconds = 0.0
@@ -174,6 +176,11 @@ class _Work:
             raise ValueError(
                 f"training and test split differ in their classes: {train_split.classes} and {self.test_split.classes}"
             )
+        if isinstance(recipe.data, EventData) and train_split.size != self.test_split.size:
+            raise ValueError(
+                f"training clips have frames of {train_split.size} (height, width), test clips of "
+                f"{self.test_split.size}: set data.size to the size of all frames"
+            )
         for split in (train_split, self.test_split):
             if split.skipped:
                 count, first = len(split.skipped), split.skipped[0]
@@ -185,6 +192,7 @@ class _Work:
             seed=recipe.seed,
             rank=self.accelerator.process_index,
             world=world,
+            shuffled=getattr(train_split, "shuffled", None),
         )
         self.steps_per_epoch = len(self.sampler) // (recipe.batch_size * recipe.accumulate)
         if self.steps_per_epoch == 0:
@@ -203,6 +211,7 @@ class _Work:
             collate_fn=getattr(split, "collate", None),
             num_workers=self.recipe.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=self.recipe.workers > 0,
         )
 
     def _build_network(self, *, fresh: bool) -> None:
@@ -227,8 +236,8 @@ class _Work:
         if recipe.sync_bn:
             sync_bn(self.plain)
         self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.model = self.placement.spread(self.plain, self.ema)
         self.optimizer = build_optimizer(self.plain, recipe.optim)
-        self.model = self.accelerator.prepare_model(self.plain)
 
     def _balanced(self, trained: set[nn.Parameter]) -> str:
         """Let attention scales start where the first training images want them; every process does the same.
@@ -254,17 +263,12 @@ class _Work:
         layout = self.layout if images.ndim == 4 else torch.contiguous_format
         return images.to(self.accelerator.device, self.dtype, memory_format=layout, non_blocking=True)
 
-    @property
-    def tested(self) -> nn.Module:
-        """The network that is tested and saved at the end: the averaged one if the recipe averages."""
-        return self.ema.module if self.ema else self.plain
-
     def restore(self, folder: Path) -> None:
         """Stand where the checkpoint was taken.
 
         Raises ValueError with other images, another number of processes, or a checkpoint of another version.
         """
-        model, training, state = checkpoint.load(folder)
+        state = checkpoint.read_json(folder / "state.json")
         if missing := [name for name in (*_STATE, "fixed") if name not in state]:
             raise ValueError(
                 f"the checkpoint {folder} was written by another version (it has no {', '.join(missing)}): finish it "
@@ -281,10 +285,7 @@ class _Work:
                 f"{self.run} was trained on {images} images, but there are {self.sampler.length} now: set data.root to "
                 "a folder with the same images"
             )
-        self.plain.load_state_dict(model)
-        self.optimizer.load_state_dict(training["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(training["ema"])
+        self.placement.load(folder, model=self.plain, optimizer=self.optimizer, ema=self.ema)
         for name in _STATE:
             setattr(self, name, state[name])
         if self.best and self.accelerator.is_main_process and (self.checkpoints / self.best).is_dir():
@@ -292,20 +293,15 @@ class _Work:
         self.notes.append(f"resuming after {self.epoch} epochs and {self.step} steps")
 
     def save(self, logs: Logs | None) -> None:
-        """A checkpoint of the present position; the other processes wait for it."""
-        if logs is not None:
-            name = checkpoint.name_of(self.epoch, self.step)
-            self.best = self.best or name
-            self.log_bytes = logs.flush()
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema else {},
-            }
-            fixed = {"images": self.sampler.length, "processes": self.accelerator.num_processes}
-            state = {name: getattr(self, name) for name in _STATE} | {"fixed": fixed}
-            folder = checkpoint.save(
-                self.checkpoints, name, model=self.plain.state_dict(), training=training, state=state
-            )
+        """A checkpoint of the present position, by all processes; one of them has the `logs`."""
+        name = checkpoint.name_of(self.epoch, self.step)
+        self.best = self.best or name
+        self.log_bytes = logs.flush() if logs else 0
+        fixed = {"images": self.sampler.length, "processes": self.accelerator.num_processes}
+        state = {name: getattr(self, name) for name in _STATE} | {"fixed": fixed}
+        parts = {"model": self.plain, "optimizer": self.optimizer, "ema": self.ema}
+        folder = self.placement.save(self.checkpoints, name, **parts, state=state)
+        if logs:
             checkpoint.point(self.checkpoints, "last", folder)
             checkpoint.point(self.checkpoints, "best", self.checkpoints / self.best)
             checkpoint.prune(self.checkpoints, keep=self.recipe.saving.keep)
@@ -370,6 +366,7 @@ class _Work:
         rate = self._rate(done)
         set_rate(self.optimizer, rate)
         total, whole = torch.zeros((), device=self.accelerator.device), True
+        self.placement.begin_step(self.plain)
         for part in range(recipe.accumulate):
             images, labels = next(batches)
             whole = whole and bool(torch.isfinite(images).all())
@@ -437,10 +434,9 @@ class _Work:
         self.save(logs)
 
     def _test(self, *, images: int) -> Result:
+        """Of the network that is tested and saved at the end, `tested`: the averaged one if the recipe averages."""
         recipe = self.recipe
-        if self.accelerator.num_processes > 1:
-            for buffer in self.tested.buffers():  # running statistics: those of process 0 are saved, so test those
-                torch.distributed.broadcast(buffer, 0)
+        self.tested = self.placement.whole(self.ema.module if self.ema else self.plain)
         loader = batches_of(self.test_split, batch_size=recipe.batch_size, images=images, workers=recipe.workers)
         if self.accelerator.num_processes == 1:
             return self.task.test(self.tested, loader)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from spikeformers.neurons import closest
 from spikeformers.train.recipe import Optim, Recipe
@@ -109,5 +110,7 @@ def gradient_norm(model: nn.Module, *, clip: float) -> torch.Tensor:
     """Global norm of the gradients before clipping; scales them down to `clip` if that is above 0."""
     parameters = [each for each in model.parameters() if each.grad is not None]
     if clip > 0:
-        return nn.utils.clip_grad_norm_(parameters, clip)
-    return nn.utils.get_total_norm([each.grad for each in parameters])
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+    else:
+        norm = nn.utils.get_total_norm([each.grad for each in parameters])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # under FSDP each process has a part

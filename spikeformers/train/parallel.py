@@ -1,12 +1,79 @@
-"""Batch norm over all processes, on any device.
+"""Several processes with the whole network each, and batch norm over all of them, on any device.
 
 torch's SyncBatchNorm refuses CPU tensors; this one only needs an `all_reduce`, so gloo serves as well. Without it each
 process normalises by its own batch and the saved running statistics are those of process 0.
 """
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+
+from spikeformers.train import checkpoint
+
+
+class Replicated:
+    """Where the network lives: whole in every process, or in the only one (sharded.py has the other answer)."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    def spread(self, model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
+        """What to call in training, in place of `model`. Before the optimiser is built, after `ema` is."""
+        return self.accelerator.prepare_model(model)
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Called before each optimiser step: nothing to do, DDP lets buffers agree by itself."""
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """`model` or its average, whole and the same in every process, to be tested and saved."""
+        share_buffers(model)
+        return model
+
+    def save(
+        self,
+        root: Path,
+        name: str,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: ModelEmaV3 | None,
+        state: dict,
+    ) -> Path:
+        """Write the checkpoint `root/name`, from every process; returns its folder. Raises OSError."""
+        if self.accelerator.is_main_process:
+            training = {"optimizer": optimizer.state_dict(), "ema": ema.module.state_dict() if ema else {}}
+            checkpoint.save(root, name, model=model.state_dict(), training=training, state=state)
+        return root / name
+
+    def load(self, folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None) -> None:
+        """Put back what `save` wrote. Raises ValueError for a damaged checkpoint, or one of FSDP."""
+        if not (folder / checkpoint.WEIGHTS).is_file() and any(folder.glob("shard-*")):
+            raise ValueError(
+                f"{folder} was written under FSDP: resume it so, with `accelerate launch --use_fsdp --fsdp_version 2`"
+            )
+        weights, training, _ = checkpoint.load(folder)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(training["optimizer"])
+        if ema:
+            ema.module.load_state_dict(training["ema"])
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Running statistics become those of process 0 in all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        groups.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in groups.values():  # one message for each type: they are many and small
+        packed = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(packed, 0)
+        for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 class _SumOverProcesses(torch.autograd.Function):

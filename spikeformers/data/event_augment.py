@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 STRENGTHS = 15  # of each operation, on either side of none
-SHEAR, SHIFT, TURN = 0.3, 5.0, 30.0  # largest: tangent of the angle, pixels, degrees
+SHEAR, SHIFT, TURN = 0.3, 5.0, 30.0  # largest: radians, pixels, degrees
 CUTOUT = v2.RandomErasing(p=1, scale=(0.001, 0.11), ratio=(1, 1))  # share of the picture's area; a square
 
 

@@ -1,8 +1,8 @@
 """Recordings of event cameras with a label each: what to read, what a clip shows, and one split as a Dataset.
 
 A clip is [T,C,H,W], raw counts unless the representation says otherwise (events.py): the authors of Spikformer and
-QSD-Transformer do not normalise them either.  Sets whose events fit into memory are read once; clips are made from the
-events at each access, which takes less time than reading them would."""
+QSD-Transformer do not normalise them either.  Sets whose events fit into memory, packed to six bytes each, are read
+once; clips are made from the events at each access, which takes less time than reading them would."""
 
 import logging
 import typing
@@ -19,15 +19,25 @@ from torch.utils.data import Dataset
 from spikeformers.data.augment import seeded
 from spikeformers.data.decode import UnreadableRecordingError
 from spikeformers.data.event_augment import EventAugment
-from spikeformers.data.event_files import read_events
+from spikeformers.data.event_files import read_of_sensor
+from spikeformers.data.event_packed import Packed
 from spikeformers.data.event_sources import EVENT_SOURCES, SENSORS, Disorder, listing
-from spikeformers.data.events import Events, Size, frames, three_channels, time_surface, voxel_grid
+from spikeformers.data.events import (
+    LARGEST_SIDE,
+    Events,
+    Size,
+    check_clip,
+    frames,
+    three_channels,
+    time_surface,
+    voxel_grid,
+)
 from spikeformers.data.sources import Listing
 from spikeformers.neurons.suggest import closest
 
 logger = logging.getLogger(__name__)
 CHANNELS = {"frames": 2, "three_channels": 3, "voxel_grid": 1, "time_surface": 2}
-MEMORY_LIMIT = 2**30  # bytes of events held per split; above it they are read at each access
+MEMORY_LIMIT = 2**31  # bytes of packed events held per split; above it they are read at each access
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,12 @@ class EventData:
     """Which recordings, and what clips are made of them.
 
     source: one of EVENT_SOURCES; root: its folder ("digits_dvs" needs none).  steps: T.  size: height and width of the
-    frames; () takes the sensor's.  representation: one of CHANNELS, see events.py.  split: slices of equal numbers of
-    events ("count") or of equal durations ("time"); voxel grids are always spaced in time.  tau: microseconds in which
-    a time surface falls to 1/e.  train_limit, test_limit: a fixed subset of this many recordings, each class in turn,
-    0 = all.  skip_unreadable: leave out recordings that cannot be read and count them.  disorder: "sort" mends files
-    in which time goes backwards, "error" takes them as unreadable.
+    frames; () takes the sensor's.  sensor: that of an eventfolder's camera; () takes what its files tell.
+    representation: one of CHANNELS, see events.py.  split: slices of equal numbers of events ("count") or of equal
+    durations ("time"); voxel grids are always spaced in time.  tau: microseconds in which a time surface falls to 1/e.
+    train_limit, test_limit: a fixed subset of this many recordings, each class in turn, 0 = all.
+    skip_unreadable: leave out recordings that cannot be read and count them.  disorder: "sort" mends files in which
+    time goes backwards, "error" takes them as unreadable.
 
     Raises ValueError for a value that cannot be.
     """
@@ -48,6 +59,7 @@ class EventData:
     root: str = ""
     steps: int = 4
     size: tuple[int, ...] = ()
+    sensor: tuple[int, ...] = ()
     representation: str = "frames"
     split: typing.Literal["count", "time"] = "count"
     tau: float = 50_000.0
@@ -70,6 +82,14 @@ class EventData:
             raise ValueError(f"data.disorder must be error or sort, got {self.disorder!r}")
         if len(self.size) not in (0, 2) or min(self.size, default=1) < 1:
             raise ValueError(f"data.size must be the height and width of frames, or (), got {self.size}")
+        published = SENSORS.get(self.source, tuple(self.sensor))
+        if len(self.sensor) not in (0, 2) or not all(1 <= side <= LARGEST_SIDE for side in self.sensor):
+            raise ValueError(
+                f"data.sensor must be the height and width of the camera's pixels, up to {LARGEST_SIDE}, or (), got "
+                f"{self.sensor}"
+            )
+        if self.sensor and tuple(self.sensor) != published:
+            raise ValueError(f"the sensor of {self.source} is {published}, got data.sensor={self.sensor}: leave it out")
         if not 0 < self.tau < float("inf"):
             raise ValueError(f"data.tau must be above 0 microseconds, got {self.tau}")
         for name, least in (("steps", 1), ("train_limit", 0), ("test_limit", 0)):
@@ -86,6 +106,11 @@ class EventData:
         """Height and width of the frames, or None for the sensor's."""
         return (self.size[0], self.size[1]) if self.size else None
 
+    @property
+    def known_sensor(self) -> Size | None:
+        """Height and width of the sensor as far as settings or publishers tell them."""
+        return (self.sensor[0], self.sensor[1]) if self.sensor else SENSORS.get(self.source)
+
 
 def clip_of(events: Events, *, spec: EventData) -> Tensor:
     """The clip [T,C,H,W] that `spec` makes of a recording, before augmentation."""
@@ -101,8 +126,15 @@ def _maker(spec: EventData) -> Callable[..., Tensor]:
 
 
 def read_recording(path: str | Path, *, spec: EventData) -> Events:
-    """One file of events, of the published sensor of the source of `spec`.  Raises ValueError naming the file."""
-    return read_events(Path(path), size=SENSORS.get(spec.source), disorder=spec.disorder)
+    """One file of events, of the sensor of `spec`.
+
+    Raises ValueError naming the file if it cannot be read, needs an optional package, or is of another sensor, and if
+    neither it nor `spec` tells one.
+    """
+    try:
+        return read_of_sensor(Path(path), sensor=spec.known_sensor, disorder=spec.disorder)
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def event_picture(events: Events, *, size: Size | None = None) -> Tensor:
@@ -129,10 +161,11 @@ class ClipSplit(Dataset):
 
     A training clip is a function of (seed, epoch, index) alone, in any process and order; a plain index means epoch 0.
     Batches are made by `collate`.  Global random states are as before afterwards.  `.classes` names, `.labels` int64
-    [N] and `.names` (file or row) go by index; `.size` is the height and width of the frames; `.skipped` lists what
-    could not be read and was left out.
+    [N] and `.names` (file or row) go by index; `.size` is the height and width of the frames; `.sensor` that of the
+    camera, or None where recordings of several were read; `.skipped` lists what could not be read and was left out.
 
-    Raises UnreadableRecordingError (a ValueError) naming the file; at access if the set does not fit into memory.
+    Raises UnreadableRecordingError (a ValueError) naming the file; at access if the set does not fit into memory, which
+    is said as a warning.
     """
 
     collate = staticmethod(collate_clips)
@@ -141,7 +174,7 @@ class ClipSplit(Dataset):
         self.spec, self.seed, self.classes = spec, seed, found.classes
         self.in_channels, self.steps = spec.in_channels, spec.steps
         self.skipped: list[str] = []
-        self.size = spec.frame_size
+        self.size, self.sensor = spec.frame_size, spec.known_sensor
         self._transform = spec.augment.transform() if train else None
         self._listing, self._held = found, None
         self._load()
@@ -149,31 +182,31 @@ class ClipSplit(Dataset):
 
     def _load(self) -> None:
         """Reads everything once where that is wanted or the events fit into memory, but at least one recording."""
-        held: list[Events] | None = []
+        held: list[Packed] | None = []
+        sensors: set[Size] = set()
         readable: list[int] = []
         total = 0
         for index in range(len(self._listing.labels)):
             try:
                 events = self.recording(index)
             except UnreadableRecordingError as error:
-                if not self.spec.skip_unreadable:
+                if not self.spec.skip_unreadable or isinstance(error.__cause__, ImportError):
                     raise
                 self.skipped.append(str(error))
                 continue
-            self.size = self.size or events.size
+            self.size = check_clip(self.size or events.size, steps=self.steps, channels=self.in_channels)
+            sensors.add(events.size)
+            self.sensor = events.size if len(sensors) == 1 else None
             readable.append(index)
-            total += sum(getattr(events, name).nbytes for name in "xypt")
-            if held is not None and total > MEMORY_LIMIT:
+            if held is None:
+                continue
+            held.append(Packed.of(events))
+            total += held[-1].nbytes
+            if total > MEMORY_LIMIT:
                 held = None
+                self._say_too_large()
                 if not self.spec.skip_unreadable:
                     return
-                logger.info(
-                    "data.skip_unreadable: reading all %d recordings of %s once",
-                    len(self._listing.labels),
-                    self.spec.root,
-                )
-            elif held is not None:
-                held.append(events)
         if not readable:
             raise ValueError(
                 f"no recording of {self.spec.source} {self.spec.root} could be read; first: {self.skipped[0]}"
@@ -181,21 +214,33 @@ class ClipSplit(Dataset):
         self.skipped.sort()
         self._held, self._listing = held, self._listing.chosen(np.array(readable))
 
+    def _say_too_large(self) -> None:
+        logger.warning(
+            "the recordings of %s take more than %d MiB of memory, so every clip reads its whole file again: set "
+            "workers=N for N processes that read ahead",
+            self.spec.root,
+            MEMORY_LIMIT >> 20,
+        )
+        if self.spec.skip_unreadable:
+            logger.info(
+                "data.skip_unreadable: reading all %d recordings of %s once", len(self._listing.labels), self.spec.root
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def recording(self, index: int) -> Events:
         """The events, as the file has them.  Raises UnreadableRecordingError naming it."""
         if self._held is not None:
-            return self._held[index]
+            return self._held[index].events()
         name = self._listing.names[index]
         try:
             events = self._listing.sources[index].read()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             reason = str(error).replace("\n", " ")
             raise UnreadableRecordingError(reason if name in reason else f"cannot read {name}: {reason}") from error
         if not self.spec.size and self.size not in (None, events.size):
-            raise ValueError(
+            raise UnreadableRecordingError(
                 f"recording {name} is of a sensor of {events.size} (height, width), the first one of {self.size}: set "
                 "data.size to the size of all frames"
             )
@@ -225,5 +270,5 @@ def load_clip_split(spec: EventData, split: str, *, seed: int = 0) -> ClipSplit:
         raise ValueError(f"split must be train or test, got {split!r}")
     train = split == "train"
     limit = spec.train_limit if train else spec.test_limit
-    found = listing(spec.source, spec.root, split, limit=limit, disorder=spec.disorder)
+    found = listing(spec.source, spec.root, split, limit=limit, disorder=spec.disorder, sensor=spec.known_sensor)
     return ClipSplit(found, spec, train=train, seed=seed)

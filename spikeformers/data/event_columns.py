@@ -11,6 +11,7 @@ from spikeformers.data.events import Size
 
 SMALL_UNPACKED = 2**26  # bytes that any packed file may grow to
 LARGEST_RATIO = 64  # bytes unpacked for each stored one; recordings reach 10, files made to fill the memory 1000
+LONGEST_SECONDS = 10_000  # nearly three hours; as many microseconds are less than any recording
 NAMES = {
     "x": ("x", "xs", "x_pos"),
     "y": ("y", "ys", "y_pos"),
@@ -94,7 +95,8 @@ def named(columns: Mapping[str, np.ndarray], *, seconds: bool = False) -> Column
     """Columns by any of their usual names, or None where one is missing.
 
     t counts seconds if `seconds`, or if it has fractions; else microseconds.  Raises ValueError for numbers that are no
-    coordinates, polarities or times.
+    coordinates, polarities or times, and for seconds that begin after LONGEST_SECONDS or last longer, which may be
+    microseconds with fractions.
     """
     lower = {name.lower(): name for name in columns}
     found = {key: next((lower[name] for name in names if name in lower), None) for key, names in NAMES.items()}
@@ -102,8 +104,17 @@ def named(columns: Mapping[str, np.ndarray], *, seconds: bool = False) -> Column
         return None
     x, y, p, t = (np.asarray(columns[name]).reshape(-1) for name in found.values())
     if seconds or (t.dtype.kind == "f" and (t % 1 != 0).any()):
-        t = np.round(t * 1e6)
+        t = _microseconds(t)
     return Columns(whole(x, "x"), whole(y, "y"), polarity(p), whole(t, "t"))
+
+
+def _microseconds(seconds: np.ndarray) -> np.ndarray:
+    if len(seconds) and (abs(seconds[0]) > LONGEST_SECONDS or seconds.max() - seconds.min() > LONGEST_SECONDS):
+        raise ValueError(
+            f"t goes from {seconds.min()} to {seconds.max()} with a decimal point, which stands for seconds, and no "
+            f"recording takes or begins after {LONGEST_SECONDS} s: store whole microseconds, or seconds from 0 on"
+        )
+    return np.round(seconds * 1e6)
 
 
 def whole(values: np.ndarray, name: str) -> np.ndarray:

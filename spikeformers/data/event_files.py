@@ -11,18 +11,19 @@
 """
 
 import io
+import math
 import re
 import struct
 import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
+from scipy.io import loadmat, whosmat
 
 from spikeformers.data.decode import Stored
 from spikeformers.data.event_aedat import read_aedat
@@ -40,17 +41,20 @@ from spikeformers.data.event_columns import (
 from spikeformers.data.event_prophesee import read_dat, read_raw
 from spikeformers.data.events import Events, Size
 
-SENSOR_BIN = (34, 34)  # N-MNIST; for the larger pictures of N-Caltech101 the caller tells the size
+Disorder = typing.Literal["error", "sort"]
+SENSOR_BIN = (34, 34)  # N-MNIST; the larger pictures of N-Caltech101 have no common sensor
 OVERFLOW_ROW, OVERFLOW_US = 240, 2**13
 TAXELS = 10  # a side of ST-MNIST's square of touch sensors
 SIDE_DAT2MAT = 128
 DEEPEST_GROUP = 3
 MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes; type of a compressed element
+MAT_NUMBERS = frozenset(
+    ("double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+)
+ZIP_KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes
 
 
-def read_events(
-    path: Stored | str, *, size: Size | None = None, disorder: typing.Literal["error", "sort"] = "error"
-) -> Events:
+def read_events(path: Stored | str, *, size: Size | None = None, disorder: Disorder = "error") -> Events:
     """The events of a file, by its suffix and first bytes.
 
     `path`: a path, or a member of an archive.  `size`: height and width of the sensor; without it they are what the
@@ -61,18 +65,49 @@ def read_events(
     unknown format, a broken or cut file, an event outside the sensor, or time that goes backwards; ImportError with
     the way to install it if the format needs an optional package.
     """
+    with _named(path):
+        columns = _columns(path, disorder)
+        return Events(*columns[:4], size=size or columns.size or _reach(columns))
+
+
+def read_of_sensor(path: Stored | str, *, sensor: Size | None, disorder: Disorder = "error") -> Events:
+    """As `read_events`, for files of one sensor, `sensor`; of any sensor that the file tells if that is None.
+
+    Raises ValueError also for a file that tells another sensor, or none where `sensor` is None.
+    """
+    with _named(path):
+        columns = _columns(path, disorder)
+        size = sensor or columns.size
+        if size is None:
+            raise ValueError(
+                "it tells no sensor: train with data.sensor=HEIGHT,WIDTH, the rows and columns of the camera's pixels"
+            )
+        if columns.size not in (None, size):
+            raise ValueError(
+                f"its sensor has {columns.size[0]} x {columns.size[1]} pixels (height x width), and wanted are "
+                f"recordings of {size[0]} x {size[1]}: take another recording, or train on such ones"
+            )
+        return Events(*columns[:4], size=size)
+
+
+@contextmanager
+def _named(path: Stored | str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _columns(path: Stored | str, disorder: Disorder) -> Columns:
+    """What the file says, in the order of time if that is asked for."""
     if disorder not in ("error", "sort"):
         raise ValueError(f"disorder must be error or sort, got {disorder!r}")
-    stored = Path(path) if isinstance(path, str) else path
-    try:
-        content = stored.read_bytes()
-        columns = _reader(str(stored), content)(content)
-        if disorder == "sort":
-            order = np.argsort(columns.t, kind="stable")
-            columns = Columns(*(column[order] for column in columns[:4]), size=columns.size)
-        return Events(*columns[:4], size=size or columns.size or _reach(columns))
-    except ValueError as error:
-        raise ValueError(f"{stored}: {error}") from error
+    content = (Path(path) if isinstance(path, str) else path).read_bytes()
+    columns = _reader(str(path), content)(content)
+    if disorder == "error":
+        return columns
+    order = np.argsort(columns.t, kind="stable")
+    return Columns(*(column[order] for column in columns[:4]), size=columns.size)
 
 
 def _reader(name: str, content: bytes) -> Callable[[bytes], Columns]:
@@ -96,7 +131,9 @@ def _read_bin(content: bytes) -> Columns:
     t = (rest[0] & 0x7F).astype(np.int64) << 16 | rest[1].astype(np.int64) << 8 | rest[2]
     overflow = y == OVERFLOW_ROW
     t += np.cumsum(overflow) * OVERFLOW_US
-    return Columns(x[~overflow], y[~overflow], rest[0][~overflow] >= 0x80, t[~overflow], SENSOR_BIN)
+    events = Columns(x[~overflow], y[~overflow], rest[0][~overflow] >= 0x80, t[~overflow], SENSOR_BIN)
+    height, width = _reach(events) if len(events.t) else SENSOR_BIN
+    return events if height <= SENSOR_BIN[0] and width <= SENSOR_BIN[1] else events._replace(size=None)
 
 
 def npz_arrays(content: bytes) -> dict[str, np.ndarray]:
@@ -107,18 +144,25 @@ def npz_arrays(content: bytes) -> dict[str, np.ndarray]:
             if sum(entry.file_size for entry in archive.infolist()) > unpacked_limit(len(content)):
                 raise too_large(len(content))
             for entry in archive.infolist():
+                if entry.compress_type not in ZIP_KINDS:
+                    raise ValueError(
+                        f"{entry.filename} is packed in another way than numpy does: store it with np.savez"
+                    )
                 arrays[entry.filename.removesuffix(".npy")] = _npy(entry.filename, archive.read(entry))
             return arrays
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError) as error:
         raise ValueError(f"no readable npz file ({error}): fetch it again") from error
 
 
 def _npy(name: str, content: bytes) -> np.ndarray:
     """An array whose header claims as many bytes as there are."""
     stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, kind = header(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, kind = header(stream)
+    except Exception as error:  # Python's parser raises SyntaxError, TokenError, MemoryError, RecursionError and more
+        raise ValueError(f"{name} has no readable header ({error}): fetch the file again") from error
     if kind.hasobject:
         raise ValueError(f"{name} holds Python objects, which can run code when they are read: store plain numbers")
     count = int(np.prod([int(side) for side in shape], dtype=object))
@@ -148,7 +192,7 @@ def _read_h5(content: bytes) -> Columns:
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
             columns = _of_group(file, h5py, limit=unpacked_limit(len(content)), deepest=DEEPEST_GROUP)
-    except (OSError, RuntimeError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise ValueError(f"no readable HDF5 file ({error}): fetch it again") from error
     if columns is None:
         raise ValueError("no x, y, p and t under their usual names in one of its groups: rename the datasets")
@@ -164,11 +208,15 @@ def _of_group(group: Any, h5py: Any, *, limit: int, deepest: int) -> Columns | N
         if dataset.external or dataset.is_virtual:
             raise ValueError(f"{dataset.name} keeps its numbers in another file: store them in this one")
         if dataset.ndim and dataset.dtype.kind in "biufV":
-            limit -= dataset.nbytes
+            if dataset.dtype.hasobject:
+                raise ValueError(f"{dataset.name} has fields of varying length: store plain numbers")
+            # The library unpacks whole chunks, however few of their numbers the dataset has.
+            needed = max(dataset.nbytes, math.prod(dataset.chunks or ()) * dataset.dtype.itemsize)
+            limit -= needed
             if limit < 0:
                 raise ValueError(
-                    f"{dataset.name} claims {dataset.nbytes} bytes, far more than the file has: do not trust this "
-                    "file, or store it unpacked"
+                    f"{dataset.name} claims {needed} bytes, far more than the file has: do not trust this file, or "
+                    "store it unpacked"
                 )
             arrays[name] = dataset[()]
     try:
@@ -186,13 +234,10 @@ def _of_group(group: Any, h5py: Any, *, limit: int, deepest: int) -> Columns | N
 def _read_mat(content: bytes) -> Columns:
     if content.startswith(b"MATLAB 7.3"):
         return _read_h5(content)
+    unpacked = _mat_unpacked(content)
     try:
-        arrays = {
-            name: array
-            for name, array in loadmat(io.BytesIO(_mat_unpacked(content))).items()
-            if isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
-        }
-    except (MatReadError, TypeError, KeyError, IndexError, OSError, EOFError, NotImplementedError) as error:
+        arrays = _mat_arrays(unpacked)
+    except Exception as error:  # scipy's reader raises TypeError, KeyError, MemoryError, struct.error and more
         raise ValueError(f"no readable MATLAB file ({error}): fetch it again") from error
     if "spiketrain" in arrays:
         return _of_taxels(arrays["spiketrain"])
@@ -200,6 +245,16 @@ def _read_mat(content: bytes) -> Columns:
         if array.ndim == 2 and array.shape[1] == 6:
             return _of_dat2mat(array)
     return _of_arrays(arrays)
+
+
+def _mat_arrays(unpacked: bytes) -> dict[str, np.ndarray]:
+    """Arrays of real numbers.  Of others, such as cells, scipy would take the memory that their header claims."""
+    shapes = {name: shape for name, shape, kind in whosmat(io.BytesIO(unpacked)) if kind in MAT_NUMBERS}
+    for name, shape in shapes.items():
+        if math.prod(map(int, shape)) > len(unpacked):
+            raise ValueError(f"{name} claims {shape} numbers, more than its {len(unpacked)} bytes")
+    found = loadmat(io.BytesIO(unpacked), variable_names=list(shapes))
+    return {name: found[name] for name in shapes if found[name].dtype.kind in "biuf"}
 
 
 def _mat_unpacked(content: bytes) -> bytes:

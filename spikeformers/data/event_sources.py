@@ -2,8 +2,7 @@
 
 As read in each publisher's description or in the loaders of spikingjelly, which the papers' results use:
 CIFAR10-DVS (Li et al. 2017): ROOT/CLASS/cifar10_CLASS_N.aedat, also as .aedat4 or .mat.  There is no published split:
-the last tenth of each class is for testing, as in Spikformer's code, but in the order of N (there in that of names,
-where 10 comes before 9).
+the last tenth of each class in the order of names, where 10 comes before 9, is for testing, as in Spikformer's code.
 DVS128 Gesture (Amir et al. 2017): DvsGesture/ with trials_to_train.txt and trials_to_test.txt, which name files
 userNN_LIGHT.aedat, each with its userNN_LIGHT_labels.csv of a class and a time interval in each line.
 HAR-DVS (Wang et al. 2022): ROOT/action_001/NAME.aedat4, or .npz in its compact form, to action_300, with
@@ -13,7 +12,6 @@ recordings, of which number i is offsets[i] to offsets[i + 1], and label.
 eventfolder: ROOT/train/CLASS/* beside ROOT/test, or ROOT/CLASS/* alone, as an imagefolder has them (sources.py)."""
 
 import math
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,14 +21,19 @@ from pathlib import Path
 import numpy as np
 
 from spikeformers.data import digits
-from spikeformers.data.digits_dvs import MovingDigit
-from spikeformers.data.event_files import SUFFIXES, npz_arrays, read_events
+from spikeformers.data.digits_dvs import SENSOR, MovingDigit
+from spikeformers.data.event_files import SUFFIXES, Disorder, npz_arrays, read_of_sensor
 from spikeformers.data.events import Events, Size
 from spikeformers.data.sources import Kind, Listing, balanced_prefix, class_folders, existing, folder, scan
 
 TRAIN_SHARE = 0.9  # of each class of CIFAR10-DVS
-Disorder = typing.Literal["error", "sort"]
-SENSORS = {"nmnist": (34, 34), "cifar10_dvs": (128, 128), "dvs128_gesture": (128, 128), "har_dvs": (260, 346)}
+SENSORS = {
+    "digits_dvs": SENSOR,
+    "nmnist": (34, 34),
+    "cifar10_dvs": (128, 128),
+    "dvs128_gesture": (128, 128),
+    "har_dvs": (260, 346),
+}
 GESTURES = (  # by number from 1, as gesture_mapping.csv has them
     "hand_clapping",
     "right_hand_wave",
@@ -99,13 +102,22 @@ class Rows:
         return Events(*(self.columns[name][self.start : self.end] for name in "xypt"), size=self.size)
 
 
-def listing(source: str, root: str, split: str, *, limit: int = 0, disorder: Disorder = "error") -> Listing:
+def listing(
+    source: str,
+    root: str,
+    split: str,
+    *,
+    limit: int = 0,
+    disorder: Disorder = "error",
+    sensor: Size | None = None,
+) -> Listing:
     """The recordings of `split` ("train" or "test") of one of EVENT_SOURCES; a limit takes from every class in turn.
 
-    `disorder`: what happens where time goes backwards in a file, as in `read_events`.
+    `disorder`: what happens where time goes backwards in a file, as in `read_events`.  `sensor`: the one of all files
+    of a source that has none published; without it each file must tell its own.
     Raises ValueError, naming the file or folder, for what is missing or contradicts itself.
     """
-    reader = partial(read_events, size=SENSORS.get(source), disorder=disorder)
+    reader = partial(read_of_sensor, sensor=SENSORS.get(source, sensor), disorder=disorder)
     if source == "digits_dvs":
         found = digits_dvs(split)
     elif source == "eventfolder":

@@ -22,7 +22,7 @@ Cut = typing.Literal["count", "time"]
 
 LARGEST_SIDE = 2**15  # coordinates are int16
 LONGEST = 2**53  # microseconds, 285 years: differences of times are exact in float64
-LARGEST_INDEX = 2**31 - 1  # pixels of one time step are numbered in int32
+LARGEST_CLIP = 2**28  # numbers, 1 GiB in float32; the pixels of a frame can be numbered in int32
 CHUNK = 2**18  # events at once: the temporary indices stay in the cache
 
 
@@ -122,9 +122,9 @@ def frames(
     `size`: height and width of the frames where they are not the sensor's.  `split`: slices of equal numbers
     ("count") or of equal durations ("time").
 
-    Raises ValueError for fewer than one step, a split of another name, or frames too large to number their pixels.
+    Raises ValueError for fewer than one step, a split of another name, or a clip of more than LARGEST_CLIP numbers.
     """
-    height, width = _frame_size(events, size)
+    height, width = check_clip(size or events.size, steps=steps, channels=2)
     bounds = _bounds(events, steps=steps, split=split)
     counts = torch.zeros(steps, 2 * height * width)
     for step in range(steps):
@@ -142,6 +142,7 @@ def three_channels(
 
     Source: QSD-Transformer, App. G.4.
     """
+    check_clip(size or events.size, steps=steps, channels=3)
     off, on = frames(events, steps=steps, size=size, split=split).unbind(1)
     return torch.stack((on, off, on + off), dim=1)
 
@@ -151,11 +152,10 @@ def voxel_grid(events: Events, *, steps: int, size: Size | None = None) -> Float
 
     The first of these times is the first event's, the last is the last event's; with one step all weights are 1.
 
-    Raises ValueError for fewer than one step, or frames too large to number their pixels.
+    Raises ValueError for fewer than one step, or a clip of more than LARGEST_CLIP numbers.
     Source: Zhu et al., CVPR 2019, Eqs. 1-3.
     """
-    height, width = _frame_size(events, size)
-    _check_steps(steps)
+    height, width = check_clip(size or events.size, steps=steps, channels=1)
     grid = torch.zeros(steps, height * width, dtype=torch.float64)
     scale = (steps - 1) / max(events.duration, 1)
     # Events whose times lie between the same two grid points are neighbours, since time never goes backwards.
@@ -186,7 +186,7 @@ def time_surface(
     """
     if not tau > 0:
         raise ValueError(f"tau must be above 0 microseconds, got {tau}")
-    height, width = _frame_size(events, size)
+    height, width = check_clip(size or events.size, steps=steps, channels=2)
     bounds = _bounds(events, steps=steps, split=split)
     last = np.full(2 * height * width, -np.inf)
     surfaces = torch.zeros(steps, 2 * height * width)
@@ -202,6 +202,21 @@ def time_surface(
                 last[_pixels(events, part, size=(height, width), polar=True)] = elapsed[part]
             surfaces[step] = torch.from_numpy(np.exp((last - ends[step]) / tau))
     return surfaces.view(steps, 2, height, width)
+
+
+def check_clip(size: Size, *, steps: int, channels: int) -> Size:
+    """Height and width of frames that make a clip of a size that can be held.
+
+    Raises ValueError for fewer than one step, empty frames, or more than LARGEST_CLIP numbers.
+    """
+    _check_steps(steps)
+    height, width = size
+    if height < 1 or width < 1 or steps * channels * height * width > LARGEST_CLIP:
+        raise ValueError(
+            f"clips of {steps} x {channels} x {height} x {width} (steps, channels, height, width) are empty or of more "
+            f"than {LARGEST_CLIP:,} numbers: set data.size, in Python size=(height, width), to smaller frames"
+        )
+    return height, width
 
 
 def _check_steps(steps: int) -> None:
@@ -225,13 +240,6 @@ def _bounds(events: Events, *, steps: int, split: Cut) -> np.ndarray:
 
 def _parts(events: Events, bounds: np.ndarray) -> list[Events]:
     return [events[start:end] for start, end in itertools.pairwise(bounds)]
-
-
-def _frame_size(events: Events, size: Size | None) -> Size:
-    height, width = size or events.size
-    if height < 1 or width < 1 or 2 * height * width > LARGEST_INDEX:
-        raise ValueError(f"frames of {height} x {width} are too large or empty: pass another size=(height, width)")
-    return height, width
 
 
 def _pixels(events: Events, part: slice, *, size: Size, polar: bool) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Recordings of event cameras on two CPU cores: simulated moving digits, and a small part of N-MNIST.
 
 A small Spikformer V1 of LIF neurons (T=4), whose membranes carry from frame to frame. No paper of this library trains
-on either. Ours: benchmarks/results/digits_dvs_epyc-2cores_202611.json and nmnist_small_epyc-2cores_202611.json. Logistic
-regression on counts of events of whole recordings: 77 % of digits_dvs, 89 % of N-MNIST's 100 test recordings.
+on either. Ours: digits_dvs_epyc-2cores_202611.json, nmnist_small_epyc-2cores_202611.json in benchmarks/results/.
+Logistic regression on counts of events of whole recordings: 77 % of digits_dvs, 89 % of N-MNIST's 100 test recordings.
 """
 
 import os
@@ -20,7 +20,7 @@ def nmnist_root() -> str:
 
 
 def digits_dvs() -> Recipe:
-    """scikit-learn's digits, moved in front of a simulated camera: 0.11 M parameters.
+    """scikit-learn's digits, moved in front of a simulated camera: 0.11 M parameters, 96.7 % (seed 0).
 
     spikeformers train digits_dvs
     """
@@ -42,7 +42,9 @@ def digits_dvs() -> Recipe:
 
 
 def nmnist_small() -> Recipe:
-    """1,000 recordings of N-MNIST to train on, 100 to test, as train.npz and test.npz; or all, as published.
+    """1,000 recordings of N-MNIST to train on, 100 to test, as train.npz and test.npz: 97.0 ± 1.0 % (seeds 0 to 4).
+
+    Or all of them, as published.
 
     spikeformers train nmnist_small --set data.root=FOLDER     (default: $SPIKEFORMERS_DATA/nmnist_small)
     """

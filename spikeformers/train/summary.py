@@ -90,6 +90,7 @@ class Summary(FinishedTask):
     predictions: list[int]  # over the test split, in order
     distillation: dict[str, float] | None = None  # of q, k, v: accuracy of the teacher, distill.Cost of a step
     by_step: dict[str, list[float]] | None = None  # of clips: clips.StepByStep over the whole test split
+    sensor: list[int] | None = None  # of clips: height and width of the camera, if it was one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,7 @@ def finish(
         classes=[str(each) for each in split.classes],
         distillation=_measured(distillation),
         by_step=_streamed(model, recipe, split),
+        sensor=list(split.sensor) if isinstance(recipe.data, EventData) and split.sensor else None,
         **circumstances(),
         **summarise(model, recipe, split, predictions=evaluation.predictions),
     )

@@ -86,7 +86,7 @@ def test_a_saved_cifar_network_reads_pictures_at_32_pixels_and_an_event_network_
 
 
 def test_a_score_of_boxes_is_refused_where_none_are_found(said_by, refused, trained, digit, tmp_path):
-    message = "--score is for runs and saved models that find boxes"
+    message = "--score is for networks that find boxes"
     assert message in refused("predict", trained[0], digit, "--score", "0.5")
     code, _, err = said_by("export", trained[0], "--to", "spk", "--images", "4", "--out", tmp_path / "model.spk")
     assert code == 0, err

@@ -141,7 +141,7 @@ def test_report_shows_classes_pictures_and_curves(said_by, run):
 
 
 def test_what_is_for_classifiers_refuses_a_segmentation(refused, run, said_by, street):
-    assert "gives no class to a picture as a whole" in refused("quantize", run[0])
+    assert "this is for classifiers of pictures" in refused("quantize", run[0])
     code, out, err = said_by("energy", run[0], "--images", 2)
     assert code == 0, err
     assert "head" in out

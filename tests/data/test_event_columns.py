@@ -43,6 +43,12 @@ def test_times_are_seconds_where_told_or_where_they_have_fractions(times, second
     assert columns.t.tolist() == expected
 
 
+@pytest.mark.parametrize("times", [[1000.5, 11_001.0], [20_000.5, 20_001.0], [-1e5, 0.5]])
+def test_times_with_a_point_that_may_be_microseconds_are_refused(times):
+    with pytest.raises(ValueError, match=rf"t goes from {min(times)} to {max(times)} .*: store whole microseconds"):
+        named(FOUND | {"ts": np.array(times)})
+
+
 def test_numbers_that_are_no_polarities_or_not_whole_are_named():
     assert polarity(np.array([0.0, 1.0])).tolist() == [False, True]
     assert polarity(np.array([], np.int64)).tolist() == []

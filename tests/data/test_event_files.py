@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from spikeformers.data import event_files
 from spikeformers.data.archive import ZipMember
-from spikeformers.data.event_files import SUFFIXES, read_events
+from spikeformers.data.event_files import SUFFIXES, read_events, read_of_sensor
 from spikeformers.data.events import Events
 
 X, Y, P, T = [3, 33, 0, 5], [7, 0, 33, 7], [1, 0, 1, 1], [10, 10, 70_000, 70_001]
@@ -68,13 +68,33 @@ def test_overflows_of_n_mnist_add_8192_microseconds_to_all_that_follow(tmp_path)
     [
         (b"", "1.bin: the file is empty"),
         (bin_of(ROWS)[:-2], "event 3 at offset 15 has 3 of 5 bytes: the file was cut"),
-        (bin_of([(0, 1, 2, 1), (1, 34, 2, 1)]), "x of event 1 is 34, and must be inside the width 34"),
         (bin_of([(5, 1, 2, 1), (4, 1, 2, 1)]), "time goes backwards at event 1: 4 us after 5 us; sort"),
     ],
 )
 def test_a_broken_recording_is_named_with_its_place(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read_events(written(tmp_path / "1.bin", content))
+
+
+def test_larger_files_of_five_bytes_an_event_tell_no_sensor(tmp_path):
+    path = written(tmp_path / "1.bin", bin_of([(0, 1, 2, 1), (1, 34, 2, 1)]))
+    assert read_of_sensor(path, sensor=(180, 240)).size == (180, 240)
+    with pytest.raises(ValueError, match=r"1\.bin: it tells no sensor: train with data.sensor=HEIGHT,WIDTH"):
+        read_of_sensor(path, sensor=None)
+    with pytest.raises(ValueError, match="x of event 1 is 34, and must be inside the width 34"):
+        read_of_sensor(path, sensor=(34, 34))
+
+
+def test_a_file_of_another_sensor_is_refused_and_one_that_tells_none_takes_the_callers(tmp_path):
+    told = written(tmp_path / "1.txt", b"50 40\n1 2 3 1\n")
+    untold = written(tmp_path / "2.txt", b"1 2 3 1\n")
+    assert read_of_sensor(told, sensor=None).size == read_of_sensor(untold, sensor=(40, 50)).size == (40, 50)
+    with pytest.raises(
+        ValueError, match=r"1.txt: its sensor has 40 x 50 pixels .* recordings of 34 x 34: take another"
+    ):
+        read_of_sensor(told, sensor=(34, 34))
+    with pytest.raises(ValueError, match=r"2\.txt: it tells no sensor"):
+        read_of_sensor(untold, sensor=None)
 
 
 def test_events_out_of_order_are_sorted_where_that_is_asked_for(tmp_path):
@@ -176,9 +196,9 @@ def test_npz_files_may_use_any_of_the_usual_names(tmp_path, arrays):
     assert rows_of(read_events(written(tmp_path / "1.npz", npz_of(**arrays)))) == ROWS
 
 
-def repacked(name: str, content: bytes) -> bytes:
+def repacked(name: str, content: bytes, *, kind: int = zipfile.ZIP_DEFLATED) -> bytes:
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(stream, "w", kind) as archive:
         archive.writestr(name, content)
     return stream.getvalue()
 
@@ -189,6 +209,10 @@ def npy_of(array: np.ndarray, *, shape: tuple[int, ...] | None = None) -> bytes:
         stream, {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
     )
     return stream.getvalue() + (array.tobytes() if array.dtype != object else b"cos\nsystem\n(S'true'\ntR.")
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +227,10 @@ def npy_of(array: np.ndarray, *, shape: tuple[int, ...] | None = None) -> bytes:
         (repacked("x.npy", npy_of(np.zeros(3), shape=(-3,))), "x.npy claims"),
         (repacked("x.npy", npy_of(np.zeros(1, dtype=object))), "x.npy holds Python objects, which can run code"),
         (repacked("x.npy", b"nothing at all"), "magic string is not correct"),
+        (repacked("x.npy", npy_header("(" * 900)), "x.npy has no readable header"),
+        (repacked("x.npy", npy_header("'''")), "x.npy has no readable header"),
+        (repacked("x.npy", b"\x93NUMPY\x02\x00\x01"), "x.npy has no readable header"),
+        (repacked("x.npy", npy_of(np.zeros(3)), kind=zipfile.ZIP_LZMA), "x.npy is packed in another way than numpy"),
     ],
 )
 def test_npz_files_that_are_cut_or_claim_too_much_are_refused(tmp_path, content, message):
@@ -250,6 +278,14 @@ def test_hdf5_files_that_lead_elsewhere_or_claim_too_much_are_refused(tmp_path):
         file.create_dataset("x", shape=(2**40,), dtype="u1", chunks=(2**16,))
     with pytest.raises(ValueError, match="/x claims 1099511627776 bytes, far more than the file has"):
         read_events(tmp_path / "3.h5")
+    with h5py.File(tmp_path / "5.h5", "w") as file:  # nothing is stored of it
+        file.create_dataset("x", shape=(8,), dtype="u1", chunks=(2**28,), maxshape=(None,))
+    with pytest.raises(ValueError, match="/x claims 268435456 bytes, far more than the file has"):
+        read_events(tmp_path / "5.h5")
+    with h5py.File(tmp_path / "6.h5", "w") as file:
+        file.create_dataset("events", shape=(8,), dtype=[("x", "i4"), ("name", h5py.string_dtype())])
+    with pytest.raises(ValueError, match="/events has fields of varying length: store plain numbers"):
+        read_events(tmp_path / "6.h5")
     with pytest.raises(ValueError, match="no readable HDF5 file"):
         read_events(written(tmp_path / "4.h5", (tmp_path / "linked.h5").read_bytes()[:600]))
 
@@ -284,9 +320,18 @@ def mat_of(elements: bytes) -> bytes:
     return b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM" + elements
 
 
+def matrix_of(kind: int, shape: tuple[int, int]) -> bytes:
+    """A MATLAB matrix called c of a class by number, without its content."""
+    content = struct.pack("<IIIIIIii", 6, 8, kind, 0, 5, 8, *shape) + struct.pack("<II8s", 1, 1, b"c")
+    return struct.pack("<II", 14, len(content)) + content
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (mat_of(matrix_of(1, (2**20, 2**20))), r"no x, y, p and t under their usual names among \[\]"),  # cells
+        (mat_of(matrix_of(6, (2**20, 2**20))), r"c claims \(1048576, 1048576\) numbers, more than its 184 bytes"),
+        (mat_of(matrix_of(6, (2, 2))), "no readable MATLAB file"),
         (b"MATLAB 5.0", "less than a MATLAB header"),
         (mat_of(struct.pack("<II", 14, 2**31)), "the element at offset 128 claims 2147483648 bytes: the file was cut"),
         (mat_of(b"\x0e\x00"), "it ends inside the element at offset 128"),

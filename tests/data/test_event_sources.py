@@ -89,8 +89,10 @@ def test_intervals_of_one_file_are_cut_from_one_reading_until_the_file_changes(t
 
     root = gestures(tmp_path, record)
     read = []
-    real = event_sources.read_events
-    monkeypatch.setattr(event_sources, "read_events", lambda path, **how: read.append(path.name) or real(path, **how))
+    real = event_sources.read_of_sensor
+    monkeypatch.setattr(
+        event_sources, "read_of_sensor", lambda path, **how: read.append(path.name) or real(path, **how)
+    )
     train = listing("dvs128_gesture", str(root), "train")
     assert identities(train) == [100, 250, 0]
     assert read == ["user01_led.aedat", "user02_led.aedat"]
@@ -210,7 +212,8 @@ def test_an_event_folder_has_train_and_test_or_holds_a_fifth_of_each_class_out(e
     for name in ("a", "b"):
         for i in range(10):
             record(alone / name / f"{i}.npz", [i, 50])
-    train, test = (listing("eventfolder", str(alone), split) for split in ("train", "test"))
+    train, test = (listing("eventfolder", str(alone), split, sensor=(34, 40)) for split in ("train", "test"))
+    assert train.sources[0].read().size == (34, 40)
     assert np.bincount(test.labels).tolist() == [2, 2]
     for label in (0, 1):
         parts = [

@@ -1,6 +1,7 @@
 """Records refuse what is no recording; slices and frames count every event once, where and when it happened."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,6 +178,22 @@ def test_arguments_out_of_range_are_refused():
         time_surface(events, steps=2, tau=0.0)
     with pytest.raises(ValueError, match="microseconds must be at least 1, got 0"):
         next(windows(events, microseconds=0))
-    for size in ((0, 4), (2**15, 2**15)):
-        with pytest.raises(ValueError, match=r"pass another size=\(height, width\)"):
-            frames(events, steps=1, size=size)
+
+
+@pytest.mark.parametrize(
+    ("function", "channels"),
+    [(frames, 2), (three_channels, 3), (voxel_grid, 1), (partial(time_surface, tau=1.0), 2)],
+)
+def test_clips_that_are_empty_or_fill_the_memory_are_refused_with_their_size(monkeypatch, function, channels):
+    monkeypatch.setattr("spikeformers.data.events.LARGEST_CLIP", 4 * channels * 40 * 50)
+    events = drawn(5)
+    assert function(events, steps=4, size=(40, 50)).numel() == 4 * channels * 40 * 50
+    for size in ((0, 4), (41, 50)):
+        with pytest.raises(ValueError, match=rf"clips of 4 x {channels} x {size[0]} x {size[1]} .*: set data.size"):
+            function(events, steps=4, size=size)
+
+
+def test_one_event_in_the_corner_of_the_largest_sensor_does_not_make_a_clip_of_gigabytes():
+    one = Events(*(np.array([value]) for value in (2**15 - 1, 2**15 - 1, 1, 0)), size=(2**15, 2**15))
+    with pytest.raises(ValueError, match="of more than 268,435,456 numbers"):
+        frames(one, steps=4)

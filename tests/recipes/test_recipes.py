@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from spikeformers import create_model
+from spikeformers.data.event_augment import EventAugment
 from spikeformers.neurons import Neuron
 from spikeformers.quantize import LSQLayer, prepare
 from spikeformers.recipes import RECIPES, get, spike2former
@@ -228,7 +229,7 @@ def test_event_recipes_hold_the_papers_numbers():
     assert (objects.epochs, objects.batch_size, objects.data.steps, objects.optim.lr) == (106, 16, 16, 1e-3)
     mixing = objects.data.augment
     assert (mixing.mixup, mixing.mixing_share, mixing.mixing_epochs) == (0.5, 0.5, 75)
-    assert (gestures.epochs, gestures.model.options["heads"], gestures.data.augment.flip) == (200, 8, 0.0)
+    assert (gestures.epochs, gestures.model.options["heads"], gestures.data.augment) == (200, 8, EventAugment())
     assert (actions.data.steps, actions.data.in_channels) == (8, 2)
     assert (three.data.in_channels, three.data.split, three.epochs, three.optim.weight_decay) == (3, "count", 100, 0.01)
 

@@ -149,7 +149,8 @@ def _blocks(form: LIFForm, *tensors: Tensor) -> Iterator[tuple]:
         yield block, *(each[:, begin : begin + width] for each in tensors)
 
 
-def _spikes(current: Tensor, form: LIFForm, steps: int) -> Tensor:
+def spikes_of(current: Tensor, form: LIFForm, steps: int) -> Tensor:
+    """`lif` without a gradient."""
     current = dense(current)
     spikes = torch.empty_like(current)
     if not current.numel():
@@ -163,7 +164,8 @@ def _spikes(current: Tensor, form: LIFForm, steps: int) -> Tensor:
     return spikes
 
 
-def _gradient(grad: Tensor, current: Tensor, form: LIFForm, steps: int) -> Tensor:
+def gradient_of(grad: Tensor, current: Tensor, form: LIFForm, steps: int) -> Tensor:
+    """Gradient of the currents from that of the spikes."""
     current = dense(current)
     grad, found = dense(grad, like=current), torch.empty_like(current)
     if not current.numel():
@@ -176,7 +178,7 @@ def _gradient(grad: Tensor, current: Tensor, form: LIFForm, steps: int) -> Tenso
 class _Blocked(Function):
     @staticmethod
     def forward(current: Tensor, form: LIFForm, steps: int, loop: Callable[[Tensor], Tensor]) -> Tensor:
-        return _spikes(current, form, steps)
+        return spikes_of(current, form, steps)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -189,7 +191,7 @@ class _Blocked(Function):
         if torch.is_grad_enabled():  # this gradient is to be differentiated again
             (found,) = torch.autograd.grad(ctx.loop(current), current, grad, create_graph=True)
         else:
-            found = _gradient(grad, current, ctx.form, ctx.steps)
+            found = gradient_of(grad, current, ctx.form, ctx.steps)
         return found, None, None, None
 
     @staticmethod

@@ -157,13 +157,14 @@ def launch_backward(
     *,
     form: LIFForm,
     steps: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient of x = scale * current + shift + residual, from that of the spikes and the inputs of forward.
 
-    In the dtype of current if it is x itself, else in that of membranes.
+    In `dtype`; None: that of current if it is x itself, else that of membranes.
     """
     x, weight, bias, added, inner, channels = arranged(current, scale, shift, residual)
-    found = torch.empty_like(x, dtype=gradient_dtype(current, scale, residual))
+    found = torch.empty_like(x, dtype=dtype or gradient_dtype(current, scale, residual))
     if x.numel():
         tiles = Tiles(x, steps=steps)
         _backward[tiles.grid](

@@ -12,10 +12,10 @@ from spikeformers.kernels.layout import dense, membrane_dtype
 def step_input(
     current, residual, at, inside, scale, shift, AFFINE: tl.constexpr, ADDED: tl.constexpr, FLOAT: tl.constexpr
 ):
-    """x = scale * current + shift + residual at the offsets `at`."""
+    """x = scale * current + shift + residual at the offsets `at`, the norm rounded as one in front would hand it on."""
     x = tl.load(current + at, mask=inside, other=0.0).to(FLOAT)
     if AFFINE:
-        x = x * scale + shift
+        x = (x * scale + shift).to(current.dtype.element_ty).to(FLOAT)
     if ADDED:
         x = x + tl.load(residual + at, mask=inside, other=0.0).to(FLOAT)
     return x

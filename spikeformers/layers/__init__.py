@@ -4,6 +4,7 @@ from spikeformers.layers.block import LayerScaleBlock, Mixer, TransformerBlock
 from spikeformers.layers.conv_bn import ConvBN, NormChain, bn_affine, conv2d_from, merge_conv_bn
 from spikeformers.layers.esc import ESC, Pointwise
 from spikeformers.layers.features import FeatureInfo
+from spikeformers.layers.fused_norm import FusedNorm2d, fuse_norms, separate_norms
 from spikeformers.layers.mlp import ChannelConv, ChannelMLP
 from spikeformers.layers.pretrained import Pretrained, low_bit_layers
 from spikeformers.layers.rep_conv import RepConv
@@ -24,6 +25,7 @@ __all__ = [
     "ChannelMLP",
     "ConvBN",
     "FeatureInfo",
+    "FusedNorm2d",
     "IAndShortcut",
     "LayerScaleBlock",
     "MembraneShortcut",
@@ -39,6 +41,8 @@ __all__ = [
     "VanillaShortcut",
     "bn_affine",
     "conv2d_from",
+    "fuse_norms",
     "low_bit_layers",
     "merge_conv_bn",
+    "separate_norms",
 ]

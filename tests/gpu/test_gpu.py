@@ -13,6 +13,7 @@ from spikeformers.backbones.meta_spikeformer import ANN_TWIN
 from spikeformers.deploy import integer
 from spikeformers.deploy.counts import IntegerConv
 from spikeformers.distill import FineGrainedDistillation
+from spikeformers.layers import fuse_norms
 from spikeformers.neurons import IELIF, ILIF, LIF, NILIF, ATan, Rectangle, build_neuron
 from spikeformers.pretrain import MAE
 from spikeformers.quantize import convert, fake_quantize, prepare
@@ -232,6 +233,43 @@ def test_norm_and_residual_inside_a_kernel_equal_those_in_front(cuda):
     assert torch.equal(found, wanted)
     for one, other in zip(*(torch.autograd.grad(each, leaves, upstream) for each in (found, wanted)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums over a channel in another order
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("neuron", "steps"), [("lif", 4), ("i_lif", 1), ("ie_lif_leaky", 2)])
+def test_a_network_whose_neurons_take_the_norms_trains_to_the_same_numbers(cuda, neuron, steps, layout):
+    pytest.importorskip("triton")
+    plain = tiny(neuron=neuron, steps=steps).to(cuda, torch.float64, memory_format=layout)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, device=cuda).to(memory_format=layout)
+    twin, results = copy.deepcopy(plain), []
+    assert len(fuse_norms(twin, images)) == 3 * 2 + 2 * 4  # in each conv block two; in the others q, k, v and the MLP
+    for model in (twin, plain):
+        for _ in range(2):
+            logits = model(images)
+            logits.square().sum().backward()
+        results.append([logits.detach(), *(each.grad for each in model.parameters()), *model.buffers()])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)  # y differs in its last bit
+
+
+@pytest.mark.parametrize("neuron", ["lif", "i_lif"])
+def test_a_norm_taken_by_a_neuron_leaves_less_memory_for_backward_also_in_bfloat16(cuda, neuron):
+    pytest.importorskip("triton")
+    plain = tiny(dims=(32, 64, 96, 128), neuron=neuron, steps=2).to(cuda, memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 128, 128, device=cuda).to(memory_format=torch.channels_last)
+    twin, kept = copy.deepcopy(plain), []
+    fuse_norms(twin, images)
+    for model in (plain, twin):
+        with torch.autocast(cuda, torch.bfloat16):
+            model(images)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            logits = model(images)
+        kept.append(torch.cuda.memory_allocated() - before)
+        logits.square().sum().backward()
+        assert all(torch.isfinite(each.grad).all() for each in model.parameters())
+        del logits
+    assert kept[1] < (0.9 if neuron == "lif" else 1.01) * kept[0]
 
 
 def milliseconds(run) -> float:

@@ -34,7 +34,7 @@ class SDSA1(_RepConvs, SpikeAttention):
     """Q * SN(sum over tokens of K * V): O(N C), masks and additions only. [TB, C, H, W] -> [TB, C, H, W]."""
 
     def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
-        q, k, v = self.q(self.q_conv(spikes)), self.k(self.k_conv(spikes)), self.v(self.v_conv(spikes))
+        q, k, v = self.operands_of(spikes)
         return self.proj(q * self.attn((k * v).sum((2, 3), keepdim=True)))
 
 
@@ -44,7 +44,7 @@ class SDSA2(_RepConvs, SpikeAttention):
     operands: ClassVar[tuple[str, ...]] = ("q", "v")
 
     def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
-        q, v = self.q(self.q_conv(spikes)), self.v(self.v_conv(spikes))
+        q, v = self.operands_of(spikes)
         return self.proj(self.attn(q.sum((2, 3), keepdim=True)) * v)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from spikeformers.layers.conv_bn import ConvBN
+from spikeformers.layers.side_by_side import side_by_side
 from spikeformers.neurons import NeuronBuilder
 
 Projection = Callable[[int, int], nn.Module]
@@ -43,6 +44,7 @@ class SpikeAttention(nn.Module):
     """Q, K, V from projections of the input, one more neuron on their mixture, and its projection.
 
     [TB, C, H, W] -> [TB, C, H, W]. Subclasses say what stands on each operand (`operand`) and how they mix (`mix`).
+    `fused`: training steps compute the projections as one layer; equal but for rounding.
     """
 
     quantize_role: ClassVar[str] = "attention"
@@ -63,6 +65,7 @@ class SpikeAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got dim={dim}, heads={heads}")
         self.heads = heads
+        self.fused = False
         for name in self.operands:
             self.add_module(f"{name}_conv", (qkv or self.default_qkv)(dim, dim))
             self.add_module(name, self.operand(name, neuron=neuron))
@@ -84,8 +87,20 @@ class SpikeAttention(nn.Module):
         raise TypeError(f"{type(self).__name__} must define mix()")
 
     def forward(self, spikes: Real[Tensor, "TB C H W"]) -> Real[Tensor, "TB C H W"]:
-        q, k, v = (self.split(getattr(self, name)(getattr(self, f"{name}_conv")(spikes))) for name in self.operands)
+        q, k, v = map(self.split, self.operands_of(spikes))
         return self.proj(self.attn(self.mix(q, k, v).reshape(spikes.shape)))
+
+    def projections(self) -> list[nn.Module]:
+        """The layer in front of each operand."""
+        return [getattr(self, f"{name}_conv") for name in self.operands]
+
+    def operands_of(self, spikes: Real[Tensor, "TB C H W"]) -> list[Real[Tensor, "TB C H W"]]:
+        """Projections of the input, each behind what stands on its operand."""
+        if self.fused and self.training:
+            currents = side_by_side(self.projections(), spikes)
+        else:
+            currents = [projection(spikes) for projection in self.projections()]
+        return [getattr(self, name)(current) for name, current in zip(self.operands, currents, strict=True)]
 
     def split(self, x: Float[Tensor, "TB C H W"]) -> Float[Tensor, "TB M K N"]:
         """Channels to heads (channel c = head * K + j), pixels to tokens."""

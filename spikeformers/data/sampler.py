@@ -34,9 +34,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if length < batch_size * world:
+            cure = f"lower batch_size to at most {length // world}" if length >= world else "start fewer processes"
             raise ValueError(
-                f"{length} training images are fewer than one batch of {batch_size * world} over {world} process(es): "
-                "lower the batch size"
+                f"{length} training samples are fewer than one batch of batch_size={batch_size} in each of {world} "
+                f"process(es): {cure}"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world, self.shuffled = rank, world, shuffled

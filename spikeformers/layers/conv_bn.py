@@ -30,9 +30,19 @@ def bn_of_zero(bn: nn.Module) -> Float[Tensor, " C"]:
     return bn.of_zero() if hasattr(bn, "of_zero") else bn_affine(bn)[1]
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_in_use(layer: nn.Module) -> Tensor:
     """The weight that a convolution or linear layer multiplies by: the quantised one where it has low-bit weights."""
-    return (layer.quantized_weight() if hasattr(layer, "quantized_weight") else layer.weight).detach()
+    return layer.quantized_weight() if hasattr(layer, "quantized_weight") else layer.weight
+
+
+def bias_in_use(layer: nn.Module) -> Tensor | None:
+    """The bias that a convolution or linear layer adds, quantised where that is."""
+    return layer.quantized_bias() if hasattr(layer, "quantized_bias") else layer.bias
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight in use, without its gradient."""
+    return weight_in_use(layer).detach()
 
 
 def merge_conv_bn(conv: nn.Conv2d, *norms: nn.BatchNorm2d | nn.Identity) -> nn.Conv2d:

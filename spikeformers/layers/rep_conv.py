@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from spikeformers.layers.conv_bn import NormChain, bn_affine, bn_of_zero, conv2d_from, merge_conv_bn, weight_of
 
 
-def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], bn: nn.Module) -> Tensor:
-    """Pad by one pixel with what `bn` makes of a zero input, so that a padded 1x1 - BN - 3x3 merges exactly.
+def pad_with_bn_of_zero(x: Float[Tensor, "TB C H W"], *norms: nn.Module) -> Tensor:
+    """Pad by one pixel with what the norm makes of a zero input, so that a padded 1x1 - BN - 3x3 merges exactly.
 
+    Several `norms` share the channels in equal parts.
     The border takes the running statistics, also in train mode (already updated by this forward), and no gradient.
     """
-    response = bn_of_zero(bn)
+    responses = [bn_of_zero(norm) for norm in norms]
+    response = torch.cat(responses) if len(norms) > 1 else responses[0]  # exported graphs keep what they were
     frame = 1 - F.pad(x.new_ones(1, 1, x.shape[2], x.shape[3]), (1, 1, 1, 1))
     # Adding 0 inside keeps the interior bit for bit; one fused pass, and no in-place write for export to undo.
     return F.pad(x, (1, 1, 1, 1)) + frame * response.detach().to(x.dtype).view(1, -1, 1, 1)

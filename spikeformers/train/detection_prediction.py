@@ -15,7 +15,7 @@ from spikeformers.heads.detections import CERTAIN, Detections, certain
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.detection_evaluate import in_file
 from spikeformers.train.detection_pictures import marked
-from spikeformers.train.saved import run_of
+from spikeformers.train.saved import palette_of_file, run_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,4 @@ def file_box_predictor(file: Artifact, *, name: str) -> BoxPredictor:
             f"{name} finds boxes and does not say how to fit whole pictures: save it with "
             "preprocessing=spikeformers.deploy.Letterbox(...), or run it by spikeformers.deploy.load in Python"
         )
-    count = file.engine.config.num_classes
-    classes = file.labels or tuple(map(str, range(count)))
-    colours = default_colours(count) if file.colours is None else file.colours
-    return BoxPredictor(file, file.preprocessing, classes, torch.as_tensor(colours).byte())
+    return BoxPredictor(file, file.preprocessing, *palette_of_file(file))

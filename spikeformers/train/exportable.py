@@ -81,6 +81,11 @@ class Exportable(ABC):
         """What of the network no graph (ONNX, OpenVINO, NIR) can hold, in words; "" if it holds all."""
         return ""
 
+    @property
+    def by_hand(self) -> str:
+        """How to run a file of this package where `predict` does not, in words; "" where it does."""
+        return ""
+
     def in_graph(self, model: nn.Module) -> nn.Module:
         """The part of the network, or of its engine, that a graph can hold."""
         return model
@@ -156,6 +161,10 @@ class ExportableClips(ExportableClassifier):
     @property
     def unit(self) -> str:
         return "clips"
+
+    @property
+    def by_hand(self) -> str:
+        return "in Python, spikeformers.deploy.load(FILE)(clips) with clips [T, B, C, H, W]; `predict` takes the run"
 
     def about(self) -> dict[str, Any]:
         return {"labels": self.summary.classes}

@@ -34,9 +34,10 @@ from spikeformers.train.logs import Logs
 from spikeformers.train.optimise import build_optimizer, gradient_norm, learning_rate, peak_rate, set_rate
 from spikeformers.train.parallel import Replicated, sync_bn
 from spikeformers.train.progress import Display
-from spikeformers.train.recipe import Recipe, differences, from_json, to_json
+from spikeformers.train.recipe import Recipe, Speed, differences, from_json, to_json
 from spikeformers.train.sharded import Sharded, fsdp_asked
 from spikeformers.train.silent import FIRST, cure, described, silent_neurons
+from spikeformers.train.speed import apply_speed, check, force_eager, undo_speed
 from spikeformers.train.summary import AnySummary, read_summary
 from spikeformers.train.tasks import Result, build_task
 from spikeformers.weights import load_backbone
@@ -45,7 +46,7 @@ from spikeformers.zoo import create_model, options_of
 _LOG_EVERY = 10  # optimiser steps
 # On resuming: none of these touches the weights.
 _FREE_TO_CHANGE = (
-    *("threads", "workers", "saving.", "testing.", "data.root"),
+    *("threads", "workers", "speed.", "saving.", "testing.", "data.root"),
     *("segmentation.test", "segmentation.crop", "segmentation.stride"),
 )
 
@@ -87,7 +88,7 @@ def train(recipe: Recipe, *, run: Path, resume: bool = False, console: Console |
     logs = Logs(run, size=work.log_bytes, step=done) if accelerator.is_main_process else None
     with (
         logs or contextlib.nullcontext(),
-        Display(console, steps=recipe.epochs * work.steps_per_epoch, done=done) as show,
+        Display(console, steps=recipe.epochs * work.steps_per_epoch, done=done, unit=work.unit) as show,
         StopRequest() as stop,
     ):
         for line in work.notes:
@@ -157,6 +158,7 @@ class _Work:
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
         self.placement = Sharded(accelerator) if fsdp_asked() else Replicated(accelerator)
         self.checkpoints = run / "checkpoints"
+        self.unit = "clips" if isinstance(recipe.data, EventData) else "images"
         self.epoch = self.step = self.log_bytes = 0
         self.loss_sum = self.seconds = self.epoch_seconds = 0.0
         self.best_score: float | None = None
@@ -197,8 +199,9 @@ class _Work:
         self.steps_per_epoch = len(self.sampler) // (recipe.batch_size * recipe.accumulate)
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"{len(train_split)} training images do not fill one step of {recipe.batch_size} x "
-                f"{recipe.accumulate} x {world} processes; lower batch_size or accumulate"
+                f"{len(train_split)} training {self.unit} do not fill one step of batch_size={recipe.batch_size} x "
+                f"accumulate={recipe.accumulate} x {world} process(es): lower them to a product of at most "
+                f"{len(train_split) // world}"
             )
         self.loader = self._loader(train_split)
 
@@ -219,6 +222,7 @@ class _Work:
         self.dtype = torch.float64 if recipe.precision == "float64" else torch.float32
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         split = self.train_split
+        check(recipe, sharded=fsdp_asked())
         self.task = build_task(recipe, split=split, device=device)
         network = build_model(recipe, num_classes=len(split.classes), in_channels=split.in_channels)
         trained: set[nn.Parameter] = set()
@@ -235,18 +239,18 @@ class _Work:
             self.notes.append(self._balanced(trained))
         if recipe.sync_bn:
             sync_bn(self.plain)
+        if recipe.speed != Speed():
+            self.notes += apply_speed(self.plain, recipe.speed, self._first_images(), accumulate=recipe.accumulate)
         self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.model = self.placement.spread(self.plain, self.ema)
-        self.optimizer = build_optimizer(self.plain, recipe.optim)
+        self.optimizer = build_optimizer(self.plain, recipe.optim, fused=recipe.speed.fused_optimizer)
 
     def _balanced(self, trained: set[nn.Parameter]) -> str:
         """Let attention scales start where the first training images want them; every process does the same.
 
         Those that are `trained` stay.
         """
-        collate = getattr(self.train_split, "collate", default_collate)
-        images, _ = collate([self.train_split[0, index] for index in range(self.recipe.batch_size)])
-        images = self._placed(images)
+        images = self._first_images()
         skip = {name for name, parameter in self.plain.named_parameters() if parameter in trained}
         count, left = balance(self.plain.train(), images, skip=skip), sum(name.endswith(".scale") for name in skip)
         if not count and not left:
@@ -257,6 +261,12 @@ class _Work:
         kept = f"; {left} of init.backbone stay as trained" if left else ""
         drawn = f"{self.recipe.batch_size} training images"
         return f"init.balance: {count} attention scales start where {drawn} drive one spike{kept}"
+
+    def _first_images(self) -> Tensor:
+        """A training batch, the same in every process."""
+        collate = getattr(self.train_split, "collate", default_collate)
+        images, _ = collate([self.train_split[0, index] for index in range(self.recipe.batch_size)])
+        return self._placed(images)
 
     def _placed(self, images: Tensor) -> Tensor:
         """Images where the network is, in its precision and layout; clips [T, B, C, H, W] have no layout to choose."""
@@ -337,7 +347,7 @@ class _Work:
 
     def _first_step(self, batches: Iterator[tuple[Tensor, Tensor]], show: Display) -> tuple[float, float, float]:
         """The step that starts a run; it says which neurons do not fire."""
-        with silent_neurons(self.plain) as self.unfired:
+        with force_eager(), silent_neurons(self.plain) as self.unfired:
             found = self._train_step(batches)
         self._say_silent(self.unfired, FIRST, show, neurons=self.neurons)
         self.unfired = []
@@ -410,11 +420,12 @@ class _Work:
         values = {"epoch": self.epoch, "train_loss": self.loss_sum / self.step}
         self.last, better = None, False
         if number % recipe.testing.every == 0 or number == recipe.epochs:
-            self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
+            with force_eager():
+                self.last = self._test(images=0 if number == recipe.epochs else recipe.testing.images)
+                sample = next(iter(batches_of(self.test_split, batch_size=self.task.sampled_images)))
+                rates, values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])
             values |= self.last.metrics()
             better = self.best_score is None or self.last.score >= self.best_score
-            sample = next(iter(batches_of(self.test_split, batch_size=self.task.sampled_images)))
-            rates, values["firing_rate"] = firing_rates(self.task.network(self.tested), [sample])
             silent = [name for name, rate in rates.items() if rate == 0]
             self._say_silent(silent, "a test batch", show, neurons=len(rates))
         seconds = training + time.perf_counter() - began
@@ -426,7 +437,7 @@ class _Work:
         }
         if logs:
             logs.write("epoch", step=number * self.steps_per_epoch, values=values)
-        show.line(_line(values, recipe.epochs))
+        show.line(_line(values, recipe.epochs, unit=self.unit))
         self.seconds += seconds
         self.epoch, self.step, self.loss_sum, self.epoch_seconds = number, 0, 0.0, 0.0
         if better:
@@ -444,7 +455,9 @@ class _Work:
 
     def finish(self) -> AnySummary:
         """Save the network and sum up, in the main process; the others wait and read."""
-        last = self.last or self._test(images=0)
+        with force_eager():
+            last = self.last or self._test(images=0)
+        undo_speed(self.tested)
         if self.accelerator.is_main_process:
             self.task.finish(
                 self.tested,
@@ -462,7 +475,7 @@ class _Work:
 _STATE = ("epoch", "step", "log_bytes", "loss_sum", "seconds", "epoch_seconds", "best_score", "best")
 
 
-def _line(values: dict, epochs: int) -> str:
+def _line(values: dict, epochs: int, *, unit: str) -> str:
     """An epoch's record as a line for people."""
     parts = [f"epoch {values['epoch'] + 1}/{epochs}", f"loss {values['train_loss']:.4f}"]
     if "test_accuracy" in values:
@@ -475,4 +488,4 @@ def _line(values: dict, epochs: int) -> str:
         parts.append(f"test loss {values['test_loss']:.4f}")
     if "firing_rate" in values:
         parts.append(f"firing rate {values['firing_rate']:.1%}")
-    return "  ".join([*parts, f"{values['images_per_second']:.0f} images/s", f"{values['seconds']:.0f} s"])
+    return "  ".join([*parts, f"{values['images_per_second']:.0f} {unit}/s", f"{values['seconds']:.0f} s"])

@@ -12,12 +12,15 @@ from spikeformers.neurons import closest
 from spikeformers.train.recipe import Optim, Recipe
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: Optim, *, fused: bool = False) -> torch.optim.Optimizer:
     """Any optimiser of timm; 1-D parameters (biases, norms) are not decayed unless `optim` says otherwise.
+
+    `fused`: in its form that updates all parameters in one pass.
 
     With `optim.layer_decay` below 1 every group of parameters has its layer's `lr_scale`, layers being those of the
     model's `group_matcher` (timm's protocol).  `optim.rates`, `undecayed` and `decay_1d` make groups by name instead.
-    Raises ValueError for an unknown optimiser or part, a model without layers, or both kinds of groups.
+    Raises ValueError for an unknown optimiser or part, one without a fused form, a model without layers, or both kinds
+    of groups.
     """
     decays, by_name = optim.layer_decay < 1, bool(optim.rates or optim.undecayed or optim.decay_1d)
     if decays and by_name:
@@ -38,7 +41,14 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             layer_decay=optim.layer_decay if decays else None,
+            **({"fused": True} if fused else {}),
         )
+    except TypeError as error:
+        if "fused" not in str(error):
+            raise
+        raise ValueError(
+            f"optim.name {optim.name!r} has no fused form (adamw, adam and sgd do): set speed.fused_optimizer=false"
+        ) from error
     except ValueError as error:
         raise ValueError(f"optim.name {optim.name!r} is no optimiser of timm (try adamw, lamb or lambc)") from error
 

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from spikeformers.data.augment import to_pixels
 from spikeformers.data.decode import decode
-from spikeformers.data.segmentation_sources import default_colours
 from spikeformers.deploy import Artifact, Framing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import from_json
-from spikeformers.train.saved import framing_of, published_palette, read_picture, read_trained, run_of
+from spikeformers.train.saved import (
+    framing_of,
+    palette_of_file,
+    published_palette,
+    read_picture,
+    read_trained,
+    run_of,
+)
 from spikeformers.train.segmentation import windows_of
 from spikeformers.train.segmentation_evaluate import Windows, scores_of
 from spikeformers.train.segmentation_pictures import overlay, shares_of, with_legend
@@ -78,7 +84,4 @@ def file_predictor(file: Artifact, *, name: str) -> PixelPredictor:
             f"{name} gives classes to pixels and does not say how to frame whole pictures: save it with "
             "preprocessing=spikeformers.deploy.Framing(...), or run it by spikeformers.deploy.load in Python"
         )
-    count = file.engine.config.num_classes
-    classes = file.labels or tuple(map(str, range(count)))
-    palette = default_colours(count) if file.colours is None else file.colours
-    return PixelPredictor(file, file.preprocessing, classes, torch.as_tensor(palette).byte())
+    return PixelPredictor(file, file.preprocessing, *palette_of_file(file))

@@ -5,10 +5,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """A context: `step` moves the bar, `line` prints a finished epoch above it."""
+    """A context: `step` moves the bar, `line` prints a finished epoch above it. `unit`: what the network is given."""
 
-    def __init__(self, console: Console | None, *, steps: int, done: int = 0):
+    def __init__(self, console: Console | None, *, steps: int, done: int = 0, unit: str = "images"):
         self.console = console
+        self.unit = unit
         self.bar = None
         if console is not None and console.is_terminal:
             columns = (
@@ -33,9 +34,9 @@ class Display:
             self.bar.stop()
 
     def step(self, *, epoch: str, loss: float, rate: float, speed: float) -> None:
-        """One optimiser step is done. `loss` is the epoch's mean so far, `speed` in images per second."""
+        """One optimiser step is done. `loss` is the epoch's mean so far, `speed` in units per second."""
         if self.bar is not None:
-            metrics = f"loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} images/s"
+            metrics = f"loss {loss:.3f}  lr {rate:.1e}  {speed:.0f} {self.unit}/s"
             self.bar.update(self.task, advance=1, epoch=epoch, metrics=metrics)
 
     def line(self, text: str) -> None:

@@ -114,6 +114,17 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How a training step is computed, not what: less time or memory, other rounding (docs/guides/speed.md)."""
+
+    fused_qkv: bool = False  # projections of one input to q, k and v as one layer
+    fused_norms: bool = False  # neurons take the batch norm in front of them, whose output is then not kept
+    fused_optimizer: bool = False  # one pass over all parameters, where torch has it: adamw, adam, sgd
+    recompute: bool = False  # keep inputs of residual branches only, and run these again in backward
+    compile: bool = False  # torch.compile as one graph, on GPUs with CUDA graphs; minutes before the second step
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """Masked pre-training, without labels or classifier. A ratio of 0: no pre-training but classification."""
 
@@ -176,6 +187,7 @@ class Recipe:
     quantize: Quantize = Quantize()
     pretrain: Pretrain = Pretrain()
     segmentation: Segmentation = Segmentation()
+    speed: Speed = Speed()
     saving: Saving = Saving()
     testing: Testing = Testing()
     epochs: int = 10
@@ -187,7 +199,7 @@ class Recipe:
     precision: typing.Literal["float32", "bfloat16", "float64"] = "float32"  # bfloat16: autocast in training only
     channels_last: bool = True
     sync_bn: bool = False  # batch norm over all processes instead of each its own
-    threads: int = 0  # of torch on a CPU; 0: torch's choice
+    threads: int = 0  # of torch on a CPU, whatever OMP_NUM_THREADS says; 0: torch's choice, which heeds it
     workers: int = 0  # processes that read images; 0: read in the training process
 
     def __post_init__(self):

@@ -202,9 +202,9 @@ def print_spread(seeds: Sequence[int], results: "Sequence[FinishedTask]") -> Non
     """Mean and standard deviation (of a sample: n - 1) over the seeds."""
     from spikeformers.train.summary import spread
 
-    rows, metric = [], results[0].METRIC
+    rows = []
     for name, label, factor, unit in (
-        (metric, {"accuracy": "Test accuracy", "miou": "mIoU", "map": "mAP"}[metric], 100, "%"),
+        (results[0].METRIC, results[0].LABEL, 100, "%"),
         ("firing_rate", "Firing rate", 100, "%"),
         ("energy_mj", "Energy per image", 1, "mJ"),
     ):

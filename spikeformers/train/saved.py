@@ -17,7 +17,7 @@ from spikeformers.data.segmentation import SegmentationData
 from spikeformers.data.segmentation_augment import Frame, resize_picture
 from spikeformers.data.segmentation_sources import default_colours, published_classes
 from spikeformers.data.splits import Data, kind_of
-from spikeformers.deploy import Framing, Letterbox, Preprocessing
+from spikeformers.deploy import Artifact, Framing, Letterbox, Preprocessing
 from spikeformers.train.checkpoint import read_json
 from spikeformers.train.recipe import Recipe, from_json
 from spikeformers.train.segmentation_evaluate import Windows
@@ -170,6 +170,13 @@ def class_labels(count: int) -> tuple[str, ...]:
         return tuple(map(str, range(count)))
     described = ImageNetInfo()
     return tuple(described.index_to_description(index) for index in range(count))
+
+
+def palette_of_file(file: Artifact) -> tuple[tuple[str, ...], Tensor]:
+    """Names and colours uint8 [N,3] of the classes of a file; numbers and other hues where it has none."""
+    count = file.engine.config.num_classes
+    colours = default_colours(count) if file.colours is None else file.colours
+    return file.labels or tuple(map(str, range(count))), torch.as_tensor(colours).byte()
 
 
 def coco_names(count: int) -> tuple[str, ...]:

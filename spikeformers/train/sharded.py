@@ -42,9 +42,10 @@ def fsdp_asked() -> bool:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP is there in its second version only: add --fsdp_version 2 (or FSDP_VERSION=2)")
-    for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
-        if _told(name):
-            raise ValueError(f"{name}=true is not supported: leave it out, or set it to false")
+    if _told("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("FSDP_OFFLOAD_PARAMS=true is not supported: leave it out, or set it to false")
+    if _told("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ValueError("FSDP_ACTIVATION_CHECKPOINTING=true is a setting of the recipe here: speed.recompute=true")
     return True
 
 

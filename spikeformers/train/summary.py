@@ -65,7 +65,8 @@ class PretrainSummary(Finished):
 class FinishedTask(Finished):
     """What every finished run of a task tells that a network is used for. Energies in mJ an image."""
 
-    METRIC: ClassVar[str]  # the field that seeds are compared by
+    METRIC: ClassVar[str]  # the field that runs are compared by
+    LABEL: ClassVar[str]  # what people call it
     size_mb: float
     spikes_per_image: float
     energy_mj: float
@@ -83,6 +84,7 @@ class Summary(FinishedTask):
     """A finished classification. Accuracies 0..1."""
 
     METRIC: ClassVar[str] = "accuracy"
+    LABEL: ClassVar[str] = "Test accuracy"
     accuracy: float  # at the last epoch, on the whole test split
     best_accuracy: float
     loss: float
@@ -101,6 +103,7 @@ class SegmentationSummary(FinishedTask):
     """
 
     METRIC: ClassVar[str] = "miou"
+    LABEL: ClassVar[str] = "mIoU"
     miou: float  # at the last epoch, on the whole test split
     best_miou: float
     pixel_accuracy: float
@@ -121,6 +124,7 @@ class DetectionSummary(FinishedTask):
     """
 
     METRIC: ClassVar[str] = "map"
+    LABEL: ClassVar[str] = "mAP"
     map: float
     ap50: float
     ap75: float

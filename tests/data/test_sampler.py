@@ -56,7 +56,8 @@ def test_length_is_what_is_yielded_and_an_incomplete_round_is_dropped(length):
 
 
 def test_impossible_shares_are_refused():
-    with pytest.raises(ValueError, match="10 training images are fewer than one batch of 64 over 1 process"):
+    said = "10 training samples are fewer than one batch of batch_size=64 in each of 1 process.*to at most 10"
+    with pytest.raises(ValueError, match=said):
         ResumableSampler(10, batch_size=64)
     with pytest.raises(ValueError, match="rank must lie between 0 and world - 1 = 1, got 2"):
         ResumableSampler(10, batch_size=1, rank=2, world=2)

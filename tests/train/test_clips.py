@@ -1,10 +1,13 @@
 """Clips of events through the loop: steps, streams, mixing, and what a run of them leaves behind."""
 
+import io
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 import spikeformers as sf
 from spikeformers.data.augment import mixed, mixing
@@ -141,7 +144,9 @@ def test_a_clip_that_is_not_finite_stops_the_test():
 
 
 def test_a_run_of_clips_tells_accuracy_and_firing_by_step(tmp_path):
-    summary = train(recipe(), run=tmp_path / "run")
+    text = io.StringIO()
+    summary = train(recipe(), run=tmp_path / "run", console=Console(file=text, width=1000))
+    assert re.search(r"epoch 1/1 .* \d+ clips/s", text.getvalue())
     assert len(summary.by_step["accuracy"]) == len(summary.by_step["firing_rate"]) == 3
     assert summary.by_step["accuracy"][-1] == pytest.approx(summary.accuracy, abs=0.1)  # float32 rounds otherwise
     assert summary.integer_agreement["total"] == 4
@@ -149,6 +154,12 @@ def test_a_run_of_clips_tells_accuracy_and_firing_by_step(tmp_path):
     assert "Accuracy by step, %" in page
     assert "Firing by step, %" in page
     assert page.count("data:image/png") >= 12  # event pictures
+
+
+def test_clips_too_few_for_a_step_are_told_with_what_would_do(tmp_path):
+    message = r"20 training clips do not fill one step of batch_size=10 x accumulate=3 .*product of at most 20$"
+    with pytest.raises(ValueError, match=message):
+        train(recipe(accumulate=3), run=tmp_path / "run")
 
 
 def test_training_and_test_clips_of_different_frames_are_refused(tmp_path):

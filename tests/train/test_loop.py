@@ -345,7 +345,7 @@ def test_tensorboard_shows_what_the_log_holds(tiny, tmp_path):
 def test_too_few_images_for_a_step_say_so(tiny, tmp_path):
     with pytest.raises(ValueError, match="lower"):
         train(tiny(accumulate=5), run=tmp_path / "a")
-    with pytest.raises(ValueError, match="lower the batch size"):
+    with pytest.raises(ValueError, match="lower batch_size to at most"):
         train(tiny(batch_size=64), run=tmp_path / "b")
     assert not list(tmp_path.iterdir())
 

@@ -31,6 +31,7 @@ from scipy.io import savemat
 
 from spikeformers.data.event_files import read_events
 from spikeformers.data.events import Events, frames, three_channels, time_surface, voxel_grid
+from spikeformers.train.summary import hardware
 
 SENSOR = (128, 128)
 MICROSECONDS = 2**23 - 1  # as long as the 23 bits of .bin allow
@@ -229,16 +230,6 @@ def readers(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def hardware() -> str:
-    """Name of the processor."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Events a second of representations and readers, on one core.")
     parser.add_argument("--events", type=int, default=4_000_000, help="of the long recording")
@@ -252,11 +243,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    print(f"{hardware()}; one thread; {options.repeats} repeats; torch {version('torch')}, numpy {version('numpy')}")
+    machine = f"{hardware()}, {os.cpu_count()} cores"
+    print(f"{machine}; one thread; {options.repeats} repeats; torch {version('torch')}, numpy {version('numpy')}")
     load_before = os.getloadavg()[0]
     result = {
         "command": " ".join(["python", "benchmarks/events.py", *sys.argv[1:]]),
-        "hardware": hardware(),
+        "hardware": machine,
         "threads": 1,
         "versions": {
             "python": platform.python_version(),

@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from spikeformers.data import Augment, ImageData, load_split, sources
 from spikeformers.data.sampler import ResumableSampler
+from spikeformers.train.summary import hardware
 
 POLICY = "rand-m9-mstd0.5-inc1"
 SETS = {  # name: folder of $SPIKEFORMERS_DATA, side, size and format if drawn, augmentations added one after the other
@@ -110,14 +110,6 @@ def measured(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def hardware() -> str:
-    """Name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{(models or [platform.machine()])[0]}, {os.cpu_count()} cores"
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Images a second that the loader decodes and augments.")
     parser.add_argument("--images", type=int, default=512, help="of each set, in an epoch")
@@ -135,7 +127,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     result = {
         "command": " ".join(["python", "benchmarks/loader.py", *sys.argv[1:]]),
-        "hardware": hardware(),
+        "hardware": f"{hardware()}, {os.cpu_count()} cores",
         "versions": {
             name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "pyarrow", "spikeformers")
         },

@@ -20,7 +20,7 @@ from spikeformers.cli.export import export
 from spikeformers.cli.listing import list_names
 from spikeformers.cli.parsers import build_parser
 from spikeformers.cli.quantize import quantize_run
-from spikeformers.cli.training import pretrain, train
+from spikeformers.cli.training import is_main_process, pretrain, train
 from spikeformers.cli.weights import import_weights
 
 COMMANDS = {
@@ -35,6 +35,7 @@ COMMANDS = {
     "export": export,
     "report": report,
 }
+SHARED = ("train", "pretrain", "quantize")  # what several processes of a launcher do together; the first does the rest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = chosen.get(chosen.command) if chosen.command else None
         if chosen.command is None or (chosen.command == "weights" and given.action is None):
             (weights if chosen.command else top).print_help()
+        elif not is_main_process() and chosen.command not in SHARED:
+            print(f"RANK={os.environ.get('RANK')}: the first process does `{chosen.command}`", file=sys.stderr)
         elif chosen.command == "weights":
             import_weights(given["import"])
         else:

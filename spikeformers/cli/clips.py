@@ -32,12 +32,19 @@ def refuse_stream(arguments: Namespace) -> None:
 def predict_clips(model: "nn.Module", spec: "EventData", classes: Sequence[str], arguments: Namespace) -> None:
     """What each recording shows, and the energy that its inference takes.
 
-    Raises ValueError, before anything is printed, for a recording of another sensor than those of the training.
+    Raises ValueError, before anything is printed, for files that are no recordings, and for a recording of another
+    sensor than those of the training.
     """
     from spikeformers.data.event_clips import clip_of, read_recording
+    from spikeformers.data.event_files import SUFFIXES
     from spikeformers.train.saved import run_of
     from spikeformers.train.summary import read_summary
 
+    if other := next((file for file in arguments.files if not file.lower().endswith(SUFFIXES)), None):
+        raise ValueError(
+            f"{other} is no recording: {arguments.model} looks at recordings of events, files that end in "
+            f"{', '.join(SUFFIXES)}"
+        )
     if sensor := read_summary(run_of(Path(arguments.model))).sensor:
         spec = replace(spec, sensor=tuple(sensor))
     recordings = [read_recording(Path(file), spec=spec) for file in arguments.files]  # all first: no half answer
@@ -75,12 +82,13 @@ def show_stream(
     from spikeformers.neurons import set_steps
     from spikeformers.train.clips import stream
 
-    done, began = 0, time.perf_counter()
+    done, sure, began = 0, confidence is None, time.perf_counter()
     for logits, end in zip(stream(model, clip), ends, strict=False):
         done, took = done + 1, 1000 * (time.perf_counter() - began)
         share, index = logits[0].softmax(-1).max(-1)
         print(f"  step {done:>3}, {end:7.3f} s  {100 * share:6.2f} %  {classes[index]}  ({took:.1f} ms)")
         if confidence is not None and share >= confidence:
+            sure = True
             break
         began = time.perf_counter()
     steps = model.steps
@@ -88,7 +96,8 @@ def show_stream(
         spend = spent(measure(set_steps(model, done), clip[:done]))
     finally:
         set_steps(model, steps)
-    print(f"  decided after {done} of {len(clip)} steps, {spend}")
+    said = "decided" if sure else f"never reached {100 * confidence:g} %, not even"
+    print(f"  {said} after {done} of {len(clip)} steps, {spend}")
 
 
 def ends_of(events: "Events", spec: "EventData") -> list[float]:

@@ -43,29 +43,36 @@ def measured(source: str, arguments: Namespace) -> "EnergyReport":
 
 
 def compare(arguments: Namespace) -> None:
-    """A row for each of several models; of runs also the score, and a bubble chart."""
+    """A row for each of several models; of runs also their scores, a column for each kind, and a bubble chart.
+
+    Raises ValueError, before anything is measured, for a chart of models without one kind of score.
+    """
     if arguments.kind:
-        raise ValueError(f"--kind {arguments.kind} draws one model, got {len(arguments.models)}: leave it away")
+        raise ValueError(f"--kind {arguments.kind} draws one model, got {len(arguments.models)}: leave it out")
     from spikeformers.energy import Run, compare_runs, tables
     from spikeformers.train.results import print_table
 
     scores = {source: score_of(source) for source in arguments.models}
-    metrics = {metric for metric, _, _ in scores.values()}
-    if arguments.plot and (None in metrics or len(metrics) > 1):
-        raise ValueError("--plot of several needs finished runs that have one score: all accuracy, all mIoU or all mAP")
+    labels = list(dict.fromkeys(label for label, _, _ in scores.values() if label))
+    if arguments.plot and (len(labels) != 1 or any(label is None for label, _, _ in scores.values())):
+        raise ValueError(
+            "--plot of several needs finished runs that have one score, all accuracy, all mIoU or all mAP: leave it out"
+        )
     found = {source: measured(source, arguments) for source in arguments.models}
-    head = ("model", "score", "mJ", "sd", "ANN mJ", "firing rate", "T", "images", "parameters")
+    percent = [f"{label} %" for label in labels]
+    head = ("model", *percent, "mJ", "sd", "ANN mJ", "firing rate %", "T", "images", "parameters")
     rows = []
     for source, each in found.items():
-        _, score, parameters = scores[source]
+        own, score, parameters = scores[source]
+        columns = [100 * score if label == own else None for label in labels]
         spent = (each.total_mj, each.sd_mj, each.ann_mj)
-        rows.append((source, score, *spent, each.firing_rate, each.steps, each.images, parameters))
+        rows.append((source, *columns, *spent, 100 * each.firing_rate, each.steps, each.images, parameters))
     print_table(
-        head, [["" if cell is None else short(cell) for cell in row] for row in rows], right=range(1, len(head))
+        head, [["-" if cell is None else short(cell) for cell in row] for row in rows], right=range(1, len(head))
     )
     for source, each in found.items():
         print("".join(f"NOT COUNTED in {source}: {part}\n" for part in each.uncounted), end="")
-    rules = next(iter(found.values())).rules.describe()
+    rules = next(iter(found.values())).rules.describe(frozenset().union(*(each.kinds for each in found.values())))
     print(rules)
     write(arguments.json, json.dumps({source: each.to_json() for source, each in found.items()}, indent=1) + "\n")
     write(arguments.csv, tables.as_csv(head, rows))
@@ -74,11 +81,11 @@ def compare(arguments: Namespace) -> None:
         runs = [
             Run(Path(source).name, score, found[source].total_mj, size) for source, (_, score, size) in scores.items()
         ]
-        print(f"written: {compare_runs(runs, arguments.plot, score=metrics.pop())}")
+        print(f"written: {compare_runs(runs, arguments.plot, score=labels[0])}")
 
 
 def score_of(source: str) -> tuple[str | None, float | None, int | None]:
-    """What a run is judged by, its score 0..1 and its parameters; all None for a model that is no run."""
+    """What the score of a run is called, its score 0..1 and its parameters; all None for a model that is no run."""
     from spikeformers.train.saved import run_of
     from spikeformers.train.summary import FinishedTask, read_summary
 
@@ -86,7 +93,7 @@ def score_of(source: str) -> tuple[str | None, float | None, int | None]:
     summary = read_summary(run) if run else None
     if not isinstance(summary, FinishedTask):
         return None, None, None
-    return summary.METRIC, getattr(summary, summary.METRIC), summary.parameters
+    return summary.LABEL, getattr(summary, summary.METRIC), summary.parameters
 
 
 def short(cell: str | float) -> str:

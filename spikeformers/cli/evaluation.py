@@ -88,6 +88,7 @@ def predict(arguments: Namespace) -> None:
     if arguments.score is not None and not 0 <= arguments.score <= 1:
         raise ValueError(f"--score must lie between 0 and 1, got {arguments.score}")
     check_stream(arguments)
+    check_files(arguments)
     if Path(arguments.model).is_file():
         refuse_stream(arguments)
         return predict_by_artifact(arguments)
@@ -126,6 +127,12 @@ def predict(arguments: Namespace) -> None:
             logits = model(batch)[0]
         print(f"{file}: {spent(energy.measure(model, batch))}")
         print_likely(logits, classes)
+
+
+def check_files(arguments: Namespace) -> None:
+    """Raises ValueError for a folder among the files."""
+    if folder := next((file for file in map(Path, arguments.files) if file.is_dir()), None):
+        raise ValueError(f"{folder} is a folder: name the files in it, such as {folder}/*.png or {folder}/*.bin")
 
 
 def refuse_out(arguments: Namespace) -> None:
@@ -182,9 +189,11 @@ def show_boxes(predictor: "BoxPredictor", image: "SeenPicture", target: Path, *,
 
 
 def to_paint(predictor: "PixelPredictor | BoxPredictor", arguments: Namespace) -> "list[tuple[str, Any, Path]]":
-    """All files, read, with where their overlays go: first, so that there is no half answer."""
-    targets = overlay_files(arguments.files, folder=Path(arguments.out))
+    """All files, read, with where their overlays go: first, so that there is no half answer. Makes the folder."""
+    folder = Path(arguments.out)
+    targets = overlay_files(arguments.files, folder=folder)
     images = [predictor.read(Path(file)) for file in arguments.files]
+    folder.mkdir(parents=True, exist_ok=True)
     return list(zip(arguments.files, images, targets, strict=True))
 
 
@@ -200,9 +209,12 @@ def paint(predictor: "PixelPredictor", image: "Picture", target: Path) -> None:
 
 
 def overlay_files(files: Sequence[str], *, folder: Path) -> list[Path]:
-    """FOLDER/STEM_overlay.png of each file. Raises ValueError if one would replace an input or another one."""
-    if not folder.is_dir():
-        raise ValueError(f"--out names a folder, and there is none called {folder}: make it first")
+    """FOLDER/STEM_overlay.png of each file.
+
+    Raises ValueError if one would replace an input or another one, or the folder is a file.
+    """
+    if folder.is_file():
+        raise ValueError(f"--out names a folder, and {folder} is a file: choose another name")
     targets = [folder / f"{Path(file).stem}_overlay.png" for file in files]
     inputs = {Path(file).resolve() for file in files}
     for index, target in enumerate(targets):

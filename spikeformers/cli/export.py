@@ -82,7 +82,8 @@ def write_spk(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:
     save(engine, out, **subject.about(), card=card)
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     kept = exporting.comparison_facts(subject, found)
-    return [exporting.size_fact(subject, out), *kept, timed, exporting.energy_fact(subject), ("SHA-256", digest)]
+    facts = [exporting.size_fact(subject, out), *kept, timed, exporting.energy_fact(subject), ("SHA-256", digest)]
+    return [*facts, ("To run it", subject.by_hand)] if subject.by_hand else facts
 
 
 def write_onnx(subject: "Exportable", out: Path, arguments: Namespace) -> Facts:

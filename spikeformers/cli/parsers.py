@@ -101,7 +101,13 @@ def add_run(parser: ArgumentParser, *, folders: str = "runs/RECIPE, runs/RECIPE-
         help="go on with the run in --out, else the newest; its --set are known",
     )
     parser.add_argument("--out", default="", metavar="DIR", help=f"run folder (default: {folders})")
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: the recipe's)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="CPU threads, whatever OMP_NUM_THREADS is (default: the recipe's)",
+    )
 
 
 def add_quantize(commands: "ActionSubCommands") -> None:

@@ -22,8 +22,23 @@ def configured(arguments: Namespace, run: Path) -> "Recipe":
     if arguments.threads is not None:
         changes.append(("threads", str(arguments.threads)))
     for path, text in changes:
+        if path == "data.source":
+            check_source(recipe, text)
         recipe = override(recipe, path, text)
     return recipe
+
+
+def check_source(recipe: "Recipe", source: str) -> None:
+    """Raises ValueError for a source that is there, but of another kind of data than the recipe's."""
+    from spikeformers.data.splits import KINDS
+
+    wanted = type(recipe.data)
+    if KINDS.get(source, wanted) is not wanted:
+        fitting = ", ".join(name for name, kind in KINDS.items() if kind is wanted)
+        raise ValueError(
+            f"{recipe.name} cannot learn from data.source={source}, which is of another kind than its "
+            f"{recipe.data.source}: choose one of {fitting}, or a recipe for {source} (`spikeformers list`)"
+        )
 
 
 def split_assignment(text: str) -> tuple[str, str]:

@@ -41,6 +41,9 @@ class Kind:
     name: str
     endings: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name} ({' '.join(self.endings)})"
+
 
 PICTURES = Kind("image", IMG_EXTENSIONS)
 
@@ -119,7 +122,7 @@ def class_folders(top: Path, kind: Kind) -> tuple[str, ...]:
     except FileNotFoundError:
         found = []
     if not found:
-        raise ValueError(f"{top} has no class folders: expected {top}/CLASS/*{kind.endings[0]}")
+        raise ValueError(f"{top} has no class folders: expected {top}/CLASS/FILE for each {kind}")
     return tuple(found)
 
 
@@ -134,10 +137,7 @@ def scan(top: Path, classes: Sequence[str], kind: Kind) -> Listing:
     filled = {rank for _, rank in samples}
     for name, rank in ranks.items():
         if rank not in filled and (top / name).is_dir():
-            endings = " ".join(kind.endings)
-            raise ValueError(
-                f"class folder {top / name} holds no {kind.name} ({endings}): add some or remove the folder"
-            )
+            raise ValueError(f"class folder {top / name} holds no {kind}: add some or remove the folder")
     paths = [Path(path) for path, _ in samples]
     labels = np.array([rank for _, rank in samples], dtype=np.int64)
     return Listing(tuple(classes), labels, paths, [str(p) for p in paths])

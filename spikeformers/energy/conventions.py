@@ -7,7 +7,7 @@ A further convention is a further entry of CONVENTIONS; a choice that none of th
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,8 +119,8 @@ class Convention:
         """pJ for each word of 32 bits that moves."""
         return MEMORY[self.memory] if isinstance(self.memory, str) else self.memory
 
-    def describe(self) -> str:
-        """The convention in a few plain lines: every assumption."""
+    def describe(self, kinds: Collection[str] | None = None) -> str:
+        """The convention in a few plain lines: every assumption, or those about operations of these kinds."""
         shapes = {
             "rep_conv": "RepConv (1x1, depthwise 3x3, 1x1)",
             "sep_conv": "depthwise + last pointwise convolution of SepConv",
@@ -128,9 +128,12 @@ class Convention:
         inner = "multiply-accumulates" if self.inner == "mac" else "additions at the rate of the spikes before them"
         lines = [f"Convention {self.name}: {self.source}."]
         for kind, shape in shapes.items():
+            if kinds is not None and kind not in kinds:
+                continue
             how = "one dense convolution" if kind in self.merged else f"as executed; its un-spiked parts: {inner}"
             lines.append(f"  {shape}: {how}.")
-        lines.append(f"  Attention: {ATTENTION[self.attention]}.")
+        if kinds is None or not set(PRODUCTS).isdisjoint(kinds):
+            lines.append(f"  Attention: {ATTENTION[self.attention]}.")
         if self.rate == "network":
             lines.append("  Every layer, the image's too: MACs x mean count of all neurons x time steps additions.")
         else:

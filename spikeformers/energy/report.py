@@ -53,8 +53,9 @@ class EnergyReport:
 
     `image_mj`: millijoules of every image, in the order given.  `ann_mj`: the same network counted as an ANN.
     `firing_rate`: mean of count / levels over all elements of all neurons and steps, 0..1; 0 for an ANN.
-    `spikes_per_image`: counts of all neurons and steps, mean over images.  `uncounted`: what multiplies, or may, and is
-    in no layer here: "encoder.lstm (LSTM): mkldnn_rnn_layer".
+    `spikes_per_image`: counts of all neurons and steps, mean over images.  `kinds`: of its operations (Operation.kind),
+    before the convention took any of them apart.  `uncounted`: what multiplies, or may, and is in no layer here:
+    "encoder.lstm (LSTM): mkldnn_rnn_layer".
     """
 
     layers: tuple[Layer, ...]
@@ -64,6 +65,7 @@ class EnergyReport:
     ann_mj: float
     firing_rate: float
     spikes_per_image: float
+    kinds: frozenset[str]
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -132,15 +134,19 @@ class EnergyReport:
                 f"Same network as an ANN (T=1, {self.rules.mac_pj:g} pJ each MAC): {self.ann_mj:.6f} mJ{times}",
                 f"Firing rate {100 * self.firing_rate:.2f} %, {self.spikes_per_image:,.0f} spikes, T={self.steps}",
                 *(f"NOT COUNTED: {each}" for each in self.uncounted),
-                self.rules.describe(),
+                self.describe(),
             ]
         )
+
+    def describe(self) -> str:
+        """The convention in words, as far as it says something about this network."""
+        return self.rules.describe(self.kinds)
 
     def to_json(self) -> dict:
         """Everything in the report as what `json.dumps` writes."""
         return {
             "convention": asdict(self.rules),
-            "description": self.rules.describe(),
+            "description": self.describe(),
             "images": self.images,
             "steps": self.steps,
             "total_mj": self.total_mj,
@@ -179,7 +185,7 @@ class EnergyReport:
             for x in self.layers
         ]
         total = ("total", None, None, self.steps, None, None, self.total_mj, self.sd_mj, self.ann_mj)
-        return tables.as_latex(head, (*rows, total), note=self.rules.describe())
+        return tables.as_latex(head, (*rows, total), note=self.describe())
 
     def plot(self, path: str | Path, *, kind: str = "stages") -> Path:
         """Draw the image file `path` (its ending says which format).
@@ -264,6 +270,7 @@ class _Tally:
         self.sites = 0.0
         self.steps = 1
         self.uncounted: dict[str, None] = {}
+        self.kinds: set[str] = set()
 
     def add(self, found: Trace, charges: Iterable[Charge]) -> None:
         """Take in one forward pass."""
@@ -278,6 +285,7 @@ class _Tally:
         self.sites += found.sites * found.images
         self.steps = found.steps
         self.uncounted |= dict.fromkeys(found.uncounted)
+        self.kinds |= {operation.kind for operation in found.operations}
 
     def report(self) -> EnergyReport:
         if not self.image_mj:
@@ -292,6 +300,7 @@ class _Tally:
             ann_mj=math.fsum(layer.ann_mj for layer in layers),
             firing_rate=self.spikes / self.sites if self.sites else 0.0,  # an ANN has no site
             spikes_per_image=self.spikes / images,
+            kinds=frozenset(self.kinds),
             uncounted=tuple(self.uncounted),
         )
 

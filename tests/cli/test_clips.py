@@ -105,6 +105,13 @@ def test_a_stream_says_after_each_step_what_it_is_and_ends_where_the_whole_clip_
     assert spent[0] == spent[1]
 
 
+def test_a_stream_that_is_never_as_sure_as_asked_says_so(said_by, run, recording):
+    code, out, err = said_by("predict", run, recording, "--stream", "--confidence", 1)
+    assert code == 0, err
+    assert "never reached 100 %, not even after 3 of 3 steps, " in out
+    assert "decided" not in out
+
+
 @pytest.mark.parametrize(
     ("choice", "ends"),
     [
@@ -155,8 +162,9 @@ def test_export_counts_clips_and_keeps_their_classes(said_by, run, tmp_path, kin
         assert torch.equal(file(clip), integer(from_pretrained(run / "model"), clip)(clip))
 
 
-def test_a_file_of_clips_is_run_from_python(refused, said_by, run, recording, tmp_path):
-    said_by("export", run, "--to", "spk", "--out", tmp_path / "model.spk", "--images", 4)
+def test_a_file_of_clips_is_run_from_python_and_export_says_so(refused, said_by, run, recording, tmp_path):
+    _, out, _ = said_by("export", run, "--to", "spk", "--out", tmp_path / "model.spk", "--images", 4)
+    assert "in Python, spikeformers.deploy.load(FILE)(clips) with clips [T, B, C, H, W]; `predict` takes the run" in out
     assert "it takes clips" in refused("predict", tmp_path / "model.spk", recording)
 
 
@@ -171,4 +179,6 @@ def test_what_has_no_steps_is_not_streamed(refused, run, recording, tmp_path):
 
 def test_a_file_that_is_no_recording_is_refused_before_anything_is_said(refused, run, recording, tmp_path):
     (tmp_path / "photo.png").write_bytes(b"\x89PNG")
-    assert "photo.png" in refused("predict", run, recording, tmp_path / "photo.png")
+    said = refused("predict", run, recording, tmp_path / "photo.png")
+    assert f"photo.png is no recording: {run} looks at recordings of events, files that end in .bin, " in said
+    assert "rename" not in said

@@ -52,11 +52,11 @@ def test_several_runs_are_rows_and_bubbles(said_by, trained, tmp_path):
     code, out, err = said_by("energy", trained[0], trained[0] / "model", "--images", 3, *written)
     assert code == 0, err
     head, *rows = (tmp_path / "e.csv").read_text().splitlines()
-    assert head == "model,score,mJ,sd,ANN mJ,firing rate,T,images,parameters"
+    assert head == "model,Test accuracy %,mJ,sd,ANN mJ,firing rate %,T,images,parameters"
     assert len(rows) == 2
     for row, source in zip(rows, (trained[0], trained[0] / "model"), strict=True):
         name, score, *_, images, parameters = row.split(",")
-        assert (name, float(score), int(images)) == (str(source), summary["accuracy"], 3)
+        assert (name, float(score), int(images)) == (str(source), 100 * summary["accuracy"], 3)
         assert int(parameters) == summary["parameters"]
     found = json.loads((tmp_path / "e.json").read_text())
     assert found[str(trained[0])]["total_mj"] == float(rows[0].split(",")[2])
@@ -66,9 +66,25 @@ def test_several_runs_are_rows_and_bubbles(said_by, trained, tmp_path):
 
 def test_bubbles_need_scores_and_a_kind_needs_one_model(refused, trained, tmp_path):
     path = tmp_path / "e.png"
-    assert "finished runs" in refused("energy", trained[0], "spikformer_cifar_2_384", "--plot", path)
+    assert "finished runs" in refused("energy", trained[0], "spikformer_cifar_2_384", "--images", 1, "--plot", path)
     assert "--kind layers draws one model, got 2" in refused("energy", trained[0], trained[0], "--kind", "layers")
     assert not path.exists()
+
+
+def test_scores_of_several_kinds_have_a_column_each_and_no_chart(said_by, trained, tmp_path, monkeypatch):
+    from spikeformers.cli import energy as command
+
+    other, path = trained[0] / "model", tmp_path / "e.png"
+    told = {str(trained[0]): ("Test accuracy", 0.125, 7), str(other): ("mIoU", 0.5, 7)}
+    monkeypatch.setattr(command, "score_of", told.__getitem__)
+    code, out, err = said_by("energy", trained[0], other, "--images", 1, "--plot", path)
+    assert (code, out) == (2, "")
+    assert "--plot of several needs finished runs that have one score" in err
+    code, out, err = said_by("energy", trained[0], other, "--images", 1)
+    assert code == 0
+    head, first, second = (re.split(r"  +", line) for line in out.splitlines()[2:5])
+    assert head[:3] == ["model", "Test accuracy %", "mIoU %"]
+    assert (first[1:3], second[1:3]) == (["12.5", "-"], ["-", "50"])
 
 
 def test_strict_fails_on_what_is_not_counted_and_writes_nothing(refused, trained, tmp_path, monkeypatch):

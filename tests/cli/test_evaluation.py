@@ -64,6 +64,11 @@ def test_an_unreadable_image_is_named(said_by, refused, trained, digit):
     assert "gone.png" in refused("predict", trained[0], digit.with_name("gone.png"))
 
 
+def test_a_folder_among_the_files_is_refused_with_the_cure(refused, trained, digit):
+    said = refused("predict", trained[0], digit, digit.parent)
+    assert f"{digit.parent} is a folder: name the files in it, such as {digit.parent}/*.png" in said
+
+
 def test_report_prints_where_it_lies(said_by, trained):
     assert said_by("report", trained[0])[1] == f"{trained[0] / 'report.html'}\n"
 

@@ -48,6 +48,9 @@ def test_help_needs_no_torch():
         ("train digits --set model.name=meta_spikeformer_16m", "meta_spikeformer_15m"),
         ("train digits --set model.neuron=i_life", "i_lif"),
         ("train digits --set data.source=imagefolder data.root=nowhere", "nowhere"),
+        ("pretrain digits_mae --set data.source=digits_dvs", "another kind than its digits: choose one of digits, "),
+        ("train digits_dvs --set data.source=digits", "or a recipe for digits (`spikeformers list`)"),
+        ("train digits --set data.source=digts", "unknown data.source 'digts'; closest: digits"),
         ("train digits --set data.source=imagefolder", "data.root"),
         ("train digits --seeds 0,x", "0,1,2"),
         ("train digits --seeds 1,1", "twice"),
@@ -70,6 +73,13 @@ def test_mistakes_get_one_line_and_leave_nothing(refused, words, told, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert told in refused(*words.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_the_first_does_what_is_no_training(said_by, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert said_by("eval", "nowhere") == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "nowhere is not a run" in said_by("eval", "nowhere")[2]
 
 
 def test_a_full_disk_is_told_in_one_line(refused, monkeypatch, tmp_path):

@@ -127,8 +127,17 @@ def test_predict_never_replaces_an_input(refused, run, street, tmp_path, monkeyp
     shutil.copy(street, tmp_path / "other" / "street.png")
     twin.unlink()
     assert "or another overlay" in refused("predict", run[0], street, tmp_path / "other" / "street.png")
-    assert "there is none called" in refused("predict", run[0], street, "--out", tmp_path / "gone")
+    assert "street.png is a file: choose another name" in refused("predict", run[0], street, "--out", street)
     assert not list(tmp_path.glob("*_overlay.png"))
+
+
+def test_the_folder_of_overlays_is_made_once_all_pictures_are_read(said_by, refused, run, street, tmp_path):
+    folder = tmp_path / "new" / "overlays"
+    assert "gone.png" in refused("predict", run[0], street, tmp_path / "gone.png", "--out", folder)
+    assert not (tmp_path / "new").exists()
+    code, _, err = said_by("predict", run[0], street, "--out", folder)
+    assert code == 0, err
+    assert [each.name for each in folder.iterdir()] == ["street_overlay.png"]
 
 
 def test_report_shows_classes_pictures_and_curves(said_by, run):

@@ -197,7 +197,7 @@ def test_folders_that_cannot_be_used_are_refused_by_name(folder, tmp_path):
 
     refused("data.source=imagefolder needs data.root", root="")
     refused("data.root: no folder .*nowhere", root=tmp_path / "nowhere")
-    refused("has no class folders: expected .*/CLASS/")
+    refused(r"has no class folders: expected .*/CLASS/FILE for each image \(.jpg .*\)")
     refused("has no train/ and val/ folders", source="imagenet")
     root = folder("train")
     refused("has no test/ or val/ or valid/ or validation/ folder: add it", split="test")

@@ -1,8 +1,13 @@
-"""The documentation is executed: every python block runs, its output is the text block after it, its names exist."""
+"""The documentation is executed: every python block runs, its output is the text block after it, its names exist.
+
+Shell blocks are only parsed, since most of them train for minutes or want a cluster.
+"""
 
 import contextlib
 import io
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +40,15 @@ def test_examples_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
             exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), namespace)
         if following[0] == "text":
             assert printed.getvalue().split() == following[1].split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash to parse with")
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_shell_blocks_are_what_bash_can_read(page):
+    for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "sh":
+            found = subprocess.run(["bash", "-n"], input=code, text=True, capture_output=True, check=False)
+            assert found.stderr == "", code
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)

@@ -69,7 +69,7 @@ def test_csv_has_every_digit_and_a_column_for_each_step(report):
 def test_latex_escapes_names_and_carries_the_convention(report):
     text = report.to_latex()
     assert text.count(r"\\") == 2 + len(report.layers)
-    assert all(f"% {line}" in text for line in report.rules.describe().splitlines())
+    assert all(f"% {line}" in text for line in report.describe().splitlines())
     assert f"{report.total_mj:.4g}" in text.splitlines()[-3]
     model = nn.Sequential()
     model.add_module("a_b", nn.Linear(3, 2))

@@ -212,6 +212,16 @@ def test_every_convention_describes_itself_in_the_table(small):
         assert "4.6 pJ a multiply-accumulate, 0.9 pJ an addition" in table
 
 
+def test_the_table_of_a_network_without_a_part_says_nothing_of_how_that_is_counted(small):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
+    for name in ("meta_spikeformer", "as_executed"):
+        told = measure(plain, torch.rand(1, 3, 16, 16), convention=name)
+        assert "4.6 pJ a multiply-accumulate" in told.table()
+        for text in (told.table(), told.to_latex(), told.to_json()["description"]):
+            assert not any(part in text for part in ("RepConv", "SepConv", "Attention"))
+        assert all(part in measure(small, images(1), convention=name).table() for part in ("RepConv", "Attention"))
+
+
 def test_the_table_is_aligned_and_has_every_layer_and_stage(small):
     report = measure(small, images(2))
     lines = report.table().splitlines()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import spikeformers as sf
 from spikeformers import kernels
 from spikeformers.neurons import ILIF, LIF, Neuron
+from spikeformers.train.summary import hardware
 
 
 @dataclass(frozen=True)
@@ -83,26 +84,36 @@ def peer_of(ours: Neuron) -> Peer:
     return Peer(node, steps=ours.steps)
 
 
-def build_pair(name: str, case: Case, images: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Our network and its copy with spikingjelly's neurons; random weights under which every kind of neuron fires."""
-    torch.manual_seed(0)
-    ours = sf.create_model(name, neuron=case.neuron, steps=case.steps).to(images.device)
-    with torch.no_grad():
-        for path, module in ours.named_modules():
-            if path.endswith(("q_conv.bn3", "k_conv.bn3", "v_conv.bn3")):
-                module.bias.fill_(1.0)  # attention is silent at initialisation otherwise, and equality would be empty
-        norms = [module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)]
-        momentum = {norm: norm.momentum for norm in norms}
-        for norm in norms:
-            norm.momentum = 1.0  # running statistics of these very images, so that neurons fire in eval mode as well
-        ours(images)
-        for norm in norms:
-            norm.momentum = momentum[norm]
-    theirs = copy.deepcopy(ours)
-    for path, module in ours.named_modules():
+@torch.no_grad()
+def fire(model: nn.Module, images: Tensor) -> nn.Module:
+    """Give `model` weights and statistics under which every kind of neuron fires, in train and in eval mode."""
+    for path, module in model.named_modules():
+        if path.endswith(("q_conv.bn3", "k_conv.bn3", "v_conv.bn3")):
+            module.bias.fill_(1.0)  # attention is silent at initialisation otherwise, and equality would be empty
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momentum = {norm: norm.momentum for norm in norms}
+    for norm in norms:
+        norm.momentum = 1.0  # running statistics of these very images
+    model(images)
+    for norm in norms:
+        norm.momentum = momentum[norm]
+    return model
+
+
+def with_neurons(model: nn.Module, build: Callable[[Neuron], nn.Module]) -> nn.Module:
+    """A copy of `model` with every neuron exchanged. Raises ValueError where `build` does."""
+    other = copy.deepcopy(model)
+    for name, module in model.named_modules():
         if isinstance(module, Neuron):
-            theirs.set_submodule(path, peer_of(module))
-    return ours, theirs
+            other.set_submodule(name, build(module))
+    return other
+
+
+def build_pair(name: str, case: Case, images: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Our network and its copy with spikingjelly's neurons."""
+    torch.manual_seed(0)
+    ours = fire(sf.create_model(name, neuron=case.neuron, steps=case.steps).to(images.device), images)
+    return ours, with_neurons(ours, peer_of)
 
 
 def spikes_of(model: nn.Module, images: Tensor, kind: type[nn.Module]) -> tuple[dict[str, Tensor], Tensor]:
@@ -259,18 +270,6 @@ def run_neurons(shape: list[int], *, device: torch.device, repeats: int) -> list
     return rows
 
 
-def hardware() -> str:
-    """Name of the processor (and of the accelerator, if there is one)."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores" + (
-        f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    )
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Meta-SpikeFormer beside spikingjelly's neurons: time ours / theirs.")
     parser.add_argument("--models", nargs="+", default=["meta_spikeformer_15m"])
@@ -312,7 +311,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images = torch.rand(options.batch, 3, options.size, options.size, device=options.device)
     work = f"{options.threads} threads; batch {options.batch} of {options.size} px; {options.repeats} repeats"
-    print(f"{hardware()}; {work}; torch {version('torch')}")
+    print(f"{hardware()}, {os.cpu_count()} cores; {work}; torch {version('torch')}")
     print(
         f"{'model':22}{'neuron':14}{'what':12}{'ours':>10}{'theirs':>10}{'ratio':>8}  fastest  saved for backward, MiB"
     )
@@ -326,7 +325,7 @@ def main() -> None:
     if options.json:
         result = {
             "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-            "hardware": hardware(),
+            "hardware": f"{hardware()}, {os.cpu_count()} cores",
             "device": options.device,
             "threads": options.threads,
             "load_average_before_after": [round(load_before, 2), round(os.getloadavg()[0], 2)],

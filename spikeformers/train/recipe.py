@@ -118,7 +118,7 @@ class Speed:
     """How a training step is computed, not what: less time or memory, other rounding (docs/guides/speed.md)."""
 
     fused_qkv: bool = False  # projections of one input to q, k and v as one layer
-    fused_norms: bool = False  # neurons take the batch norm in front of them, whose output is then not kept
+    fused_norms: bool = False  # LIF (on GPUs any neuron) takes the batch norm in front, whose output is then not kept
     fused_optimizer: bool = False  # one pass over all parameters, where torch has it: adamw, adam, sgd
     recompute: bool = False  # keep inputs of residual branches only, and run these again in backward
     compile: bool = False  # torch.compile as one graph, on GPUs with CUDA graphs; minutes before the second step

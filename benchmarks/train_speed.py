@@ -197,7 +197,7 @@ def run_case(case: Case, *, device: torch.device, repeats: int, forms: list[str]
     reference = Step(copy.deepcopy(ours), REFERENCE, images, device=device)
     for side, (model, listed) in sides.items():
         for form in listed:
-            if forms and form.name not in forms:
+            if form.name not in forms and (side, form) != ("ours", REFERENCE):
                 continue
             about = {"case": str(case), "batch": batch, "side": side, "form": form.name}
             torch.compiler.reset()
@@ -241,8 +241,13 @@ def show(rows: list[dict], console: Console) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Whole training steps: each switch alone and together.")
-    parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help="which, from 0")
-    parser.add_argument("--forms", nargs="*", default=[], help='names of forms, such as "+ recompute"; none: all')
+    every = range(len(CASES))
+    names = "; ".join(f"{index}: {case}" for index, case in enumerate(CASES))
+    known = list(dict.fromkeys(form.name for form in (*OURS, *THEIRS, *TWIN)))
+    parser.add_argument(
+        "--cases", type=int, nargs="*", default=list(every), choices=every, help=f"default all. {names}"
+    )
+    parser.add_argument("--forms", nargs="*", default=known, choices=known, help="the reference is always there")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")

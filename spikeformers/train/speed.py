@@ -67,6 +67,7 @@ def apply_speed(network: nn.Module, speed: Speed, images: Tensor, *, accumulate:
     if speed.recompute:
         recompute(network)
     if speed.compile:
+        notes.append("speed.compile: the second step waits for the compiler, which takes minutes")
         # CUDA graphs write gradients to the same place each time: no place for those of two backward passes.
         graphs = images.is_cuda and accumulate == 1
         network.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else "default")

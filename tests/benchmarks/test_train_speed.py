@@ -31,6 +31,15 @@ def test_every_side_has_its_forms_next_to_one_reference(noting, monkeypatch, tmp
     assert "share of spikingjelly" in capsys.readouterr().out
 
 
+def test_a_form_that_is_none_is_refused_with_those_there_are(noting, monkeypatch, capsys):
+    script = noting("train_speed", None)
+    monkeypatch.setattr(sys, "argv", ["train_speed.py", "--forms", "recompute"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "invalid choice: 'recompute'" in (said := capsys.readouterr().err)
+    assert "'+ recompute'" in said
+
+
 def test_memory_over_steps_is_drawn_from_processes_of_their_own(noting, monkeypatch, tmp_path, capsys):
     script = noting("memory", None)
     asked = []
@@ -52,9 +61,7 @@ def test_a_switch_that_a_network_refuses_is_a_row_that_says_so(noting):
     overrides = {"dims": (8, 16, 32, 40), "steps": 1, "attention": "identity"}
     case = script.Case("qsd_transformer_t", overrides, 32, 2, 2)
     rows = []
-    script.run_case(
-        case, device=script.torch.device("cpu"), repeats=1, forms=["plain", "+ fused_qkv"], keep=rows.append
-    )
+    script.run_case(case, device=script.torch.device("cpu"), repeats=1, forms=["+ fused_qkv"], keep=rows.append)
     said = {(row["side"], row["form"]): row for row in rows}
     assert "no attention of QSDTransformer has projections" in said["ours", "+ fused_qkv"]["refused"]
     assert {side for side, _ in said} == {"ours", "ANN twin"}  # spikingjelly has no IE-LIF

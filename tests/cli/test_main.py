@@ -77,7 +77,7 @@ def test_mistakes_get_one_line_and_leave_nothing(refused, words, told, tmp_path,
 
 def test_of_several_processes_the_first_does_what_is_no_training(said_by, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert said_by("eval", "nowhere") == (0, "", "")
+    assert said_by("eval", "nowhere") == (0, "", "RANK=1: the first process does `eval`\n")
     monkeypatch.setenv("RANK", "0")
     assert "nowhere is not a run" in said_by("eval", "nowhere")[2]
 

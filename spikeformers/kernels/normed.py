@@ -120,12 +120,8 @@ class _InPlaceOf(Function):
     """The place of y in the graph where y has one: autograd functions find it there when they are given a `Normed`."""
 
     @staticmethod
-    def forward(y: Tensor, norm: Norm) -> Normed:
+    def forward(ctx, y: Tensor, norm: Norm) -> Normed:
         return Normed(norm, None)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -1,4 +1,4 @@
-"""How a training step is computed, not what it computes: the switches of `recipe.speed` that apply_speed a network.
+"""How a training step is computed, not what it computes: the switches of `recipe.speed` that rearrange a network.
 
 Each gives the numbers of the network as it was, but for rounding; what they gain: docs/guides/speed.md.
 """
@@ -42,7 +42,7 @@ def check(recipe: Recipe, *, sharded: bool) -> None:
 
 
 def apply_speed(network: nn.Module, speed: Speed, images: Tensor, *, accumulate: int = 1) -> list[str]:
-    """Let training steps of `network` run as `speed` says, in place; returns a line on each switch that says how far.
+    """Let training steps of `network` run as `speed` says, in place; returns lines on how far that goes.
 
     `images` [B, C, H, W] are an example; `accumulate`: backward passes in one step. Names, parameters and what the
     network computes stay.  Raises ValueError for what the network has no use for.
